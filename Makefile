@@ -1,0 +1,39 @@
+# One word per job. Each word makes .venv itself when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: venv quickstart test check docs bench clean
+
+venv: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	# torch first and pinned: any other order may pull a build with gigabytes of CUDA.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+quickstart: venv
+	$(BIN)/potstill run quickstart
+
+test: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/methods.py --check
+
+docs: venv
+	$(BIN)/python scripts/methods.py
+	$(BIN)/python scripts/mode_picture.py
+
+bench: venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	for script in parity chunked loop gain; do $(BIN)/python benchmarks/$$script.py; done
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,168 @@
+"""The nouns every floor speaks: a batch, what a model says about it, and what is asked of a model.
+
+Dimension key: B examples, T positions, V vocabulary or classes, H hidden width, N counted positions,
+K kept entries of a sparse distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+IGNORED = -100
+"""The label of a position that has no answer: terms that read labels do not count it."""
+
+PerItem: TypeAlias = Annotated[Tensor, "per item"]
+"""One value per counted position, each from that position alone: [N]. It can be computed in chunks."""
+
+PerExample: TypeAlias = Annotated[Tensor, "per example"]
+"""One value per example: [B]. It may look at the other examples of the batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rows of one micro-batch. `labels[b, t]` is what `logits[b, t]` is about: nothing shifts later."""
+
+    keys: tuple[str, ...]
+    """Content hash of each row: the join key for anything remembered."""
+    inputs: Mapping[str, Tensor]
+    """A model adapter picks the fields it reads."""
+    labels: Tensor
+    """[B] or [B, T] class ids (IGNORED where unknown), or [B, V] floats for multi-label data."""
+    mask: Tensor
+    """bool, [B] or [B, T]: which positions count."""
+    vocabulary: str = ""
+    """Fingerprint of the tokenizer; a teacher of another one refuses."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
+            labels=move(self.labels),
+            mask=move(self.mask),
+            extras={name: move(tensor) for name, tensor in self.extras.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dense:
+    """Logits as they are: [..., V]."""
+
+    logits: Tensor
+
+    def detach(self) -> Dense:
+        return Dense(logits=self.logits.detach())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """The head not yet applied: hidden [..., H], weight [V, H], bias [V] or None.
+
+    logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap), or without the cap where it is 0
+    (Gemma 2 caps, Cohere and Granite scale).
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """From the bare head product (bias included) to logits, same shape."""
+        logits = raw * self.scale if self.scale != 1.0 else raw
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def detach(self) -> Projection:
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparse:
+    """A few entries of a distribution over `size` classes: ids [..., K] and log_probs [..., K].
+
+    "top": the K most likely classes with their log-probabilities; the rest is one tail bucket.
+    "sampled": distinct drawn classes, log_probs = log(count / draws); an unbiased sketch, good for
+    objectives linear in the teacher only. Padding entries have log_prob -inf.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    size: int
+    kind: Literal["top", "sampled"] = "top"
+
+    def detach(self) -> Sparse:
+        return replace(self, ids=self.ids, log_probs=self.log_probs.detach())
+
+
+Logits: TypeAlias = Dense | Projection | Sparse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """What a model says about a batch; student and teacher use the same words."""
+
+    logits: Logits | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """By layer name for captured layers; by head name for what a student's training heads add."""
+
+    def detach(self) -> Signal:
+        return Signal(
+            logits=None if self.logits is None else self.logits.detach(),
+            features={name: tensor.detach() for name, tensor in self.features.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What a model is asked to say. Falsy when nothing is asked: then nobody computes anything."""
+
+    logits: bool = False
+    features: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return self.logits or bool(self.features)
+
+    def __or__(self, other: Need) -> Need:
+        return Need(logits=self.logits or other.logits, features=self.features | other.features)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """What the objective compares. The teacher's side is already detached: schemes see to it."""
+
+    student: Signal
+    teacher: Signal
+
+
+class Teacher(Protocol):
+    """A frozen function of a batch."""
+
+    @property
+    def identity(self) -> str:
+        """Enters every cache key: another teacher has another identity."""
+        ...
+
+    def __call__(self, batch: Batch, need: Need) -> Signal: ...
+
+
+class Source(Protocol):
+    """Micro-batches by number: `batch(i)` is a pure function of i, so resuming is arithmetic."""
+
+    def batch(self, index: int) -> Batch: ...
+
+
+# FSDP finds the tensors of a module's output through the pytree registry; without these lines it would
+# not see inside a Signal and would never gather parameters again for the backward pass.
+for _noun in (Dense, Projection, Sparse, Signal):
+    pytree.register_dataclass(_noun)
