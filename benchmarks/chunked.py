@@ -10,15 +10,17 @@ peak over what the inputs take, one process per figure. Gradients are compared w
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from peers import make_torchvision_importable
 from torch import Tensor
 
 from potstill.core.types import Batch, Dense, Lesson, Projection, Signal
@@ -57,6 +59,7 @@ def dense(name: str, student: Projection, teacher: Projection, batch: Batch) -> 
 
 
 def trl(name: str, student: Projection, teacher: Projection, batch: Batch) -> Tensor:
+    make_torchvision_importable()
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     loss, _, _ = _chunked_divergence_loss(
@@ -103,9 +106,17 @@ def measure_peak(path: str, name: str, rows: int, width: int, num_classes: int, 
         before = torch.cuda.memory_allocated()
         PATHS[path](name, *inputs).backward()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel starts a new high-water mark
+    before = resident_mib("VmRSS")
     PATHS[path](name, *inputs).backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) / 1024
+    return resident_mib("VmHWM") - before
+
+
+def resident_mib(field: str) -> float:
+    """VmRSS now, or VmHWM, the most since the mark was reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def gradient_error(name: str, width: int, num_classes: int) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from potstill.core.errors import RecipeError, unknown
 
@@ -35,7 +35,7 @@ ROOMS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What a part says about itself. The last four fields are for losses; LAWS.md turns them into tests."""
+    """What a part says about itself. What follows `paper` is for losses; the law tests read it."""
 
     kind: str
     name: str
@@ -47,6 +47,8 @@ class Card:
     with a tail bucket is as good as its coarsened law."""
     linear_in_teacher: bool = False
     """The gradient is linear in the teacher's probabilities: sampled teachers are unbiased for it."""
+    labels: Literal["classes", "numbers"] = "classes"
+    """What the labels must be, where they are read: class ids, or a vector of numbers per position."""
     min_examples: int = 1
     """Fewer examples than this in a micro-batch carry no lesson."""
     head: str = ""

@@ -107,8 +107,9 @@ class Objective:
         for index, term in enumerate(self.terms):
             if index in fused:
                 continue
-            share = self._values(index, term, lesson, batch).sum() / divisors[index]
-            share = share.to(torch.promote_types(share.dtype, torch.float32))
+            values = self._values(index, term, lesson, batch)
+            exact = torch.promote_types(values.dtype, torch.float32)
+            share = values.sum(dtype=exact) / divisors[index].to(exact)
             weighted = counts.weights[index] * share
             total = weighted if total is None else total + weighted
             shares[index] = share.detach()
@@ -148,8 +149,9 @@ class Objective:
                     inside = mask[which]
                     seen, heard = logits[inside], None if said is None else rows(said, inside)
                     part = {name: tensor[inside] for name, tensor in part.items()}
-                shares.append(self._pointwise(index, seen, heard, part).sum() / divisors[index])
-            stacked = torch.stack([share.to(logits.dtype) for share in shares])
+                values = self._pointwise(index, seen, heard, part)
+                shares.append(values.sum(dtype=logits.dtype) / divisors[index].to(logits.dtype))
+            stacked = torch.stack(shares)
             weighted = sum(weights[index] * stacked[position] for position, index in enumerate(fused))
             return torch.as_tensor(weighted), stacked.detach()
 
@@ -164,7 +166,7 @@ class Objective:
             assert teacher is not None
             student, arguments["teacher_logits"] = meet(student, teacher, term.card)
         if "labels" in arguments:
-            check_labels(arguments["labels"], num_classes=student.shape[-1], name=term.card.name)
+            check_labels(arguments["labels"], num_classes=student.shape[-1], card=term.card)
         arguments["student_logits"] = student
         return self._losses[index](*(arguments[name] for name in term.reads))
 
@@ -205,7 +207,7 @@ class Objective:
             _check_teacher(term, named["student_logits"].shape[-1], teacher)
             named["student_logits"], named["teacher_logits"] = meet(named["student_logits"], teacher, term.card)
         if "labels" in named and "student_logits" in named:
-            check_labels(named["labels"], num_classes=named["student_logits"].shape[-1], name=term.card.name)
+            check_labels(named["labels"], num_classes=named["student_logits"].shape[-1], card=term.card)
         if not term.reads_features:
             return self._losses[index](*(named[name] for name in term.reads))
         layers = [self._layer(index, pair, lesson, keep) for pair in term.at]

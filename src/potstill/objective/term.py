@@ -55,7 +55,7 @@ class Term:
     def counted(self, batch: Batch) -> Tensor:
         """bool, the positions (or, per example, the rows) that this term counts. Depends on masks and labels only."""
         counted = batch.mask
-        if "labels" in self.reads and not batch.labels.is_floating_point():
+        if "labels" in self.reads and self.card.labels == "classes" and batch.labels.shape == counted.shape:
             counted = counted & (batch.labels != IGNORED)
         return counted if self.per_item or counted.ndim == 1 else counted.flatten(1).any(dim=1)
 
@@ -133,14 +133,23 @@ def _check_layers(made: Term, place: str) -> None:
         )
 
 
-def check_labels(labels: Tensor, *, num_classes: int, name: str) -> None:
-    """Refuse class ids outside the student's classes. On accelerators the kernels themselves stop on these."""
+def check_labels(labels: Tensor, *, num_classes: int, card: Card) -> None:
+    """Refuse labels of the wrong kind, and class ids outside the student's classes.
+
+    On accelerators the kernels themselves stop on such ids; looking here would cost a synchronisation.
+    """
+    if labels.is_floating_point() != (card.labels == "numbers"):
+        kinds = {True: "numbers", False: "class ids"}
+        raise DataError(
+            f"{card.name}: the labels are {kinds[labels.is_floating_point()]}, where {card.name} expects "
+            f"{kinds[card.labels == 'numbers']}. Choose a loss for the labels that the data has."
+        )
     if labels.is_floating_point() or labels.device.type != "cpu" or labels.numel() == 0:
         return
     low, high = torch.aminmax(labels)
     if int(low) < 0 or int(high) >= num_classes:
         found = int(high) if int(high) >= num_classes else int(low)
         raise DataError(
-            f"{name}: label {found} is outside the student's {num_classes} classes (0 to {num_classes - 1}). "
+            f"{card.name}: label {found} is outside the student's {num_classes} classes (0 to {num_classes - 1}). "
             "Check the labels, or give the student more classes."
         )

@@ -1,0 +1,205 @@
+"""The command line. It parses words, calls one function of the library and says what came of it.
+
+Nothing heavy is imported until a command runs. Exit codes: 0 done, 1 a run failed, 2 what was asked cannot work,
+130 stopped by hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from potstill.core.errors import PotstillError
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="potstill",
+    help="Distil a teacher's knowledge into a smaller student: recipes in, a run folder and a report out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Name = Annotated[str, typer.Argument(help="A shipped recipe (potstill list) or a .yaml file.", show_default=False)]
+Changes = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, such as fit.steps=100.", metavar="[KEY=VALUE]...")
+]
+Folder = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+
+
+def main() -> None:
+    """What the `potstill` command calls."""
+    app()
+
+
+def _answering(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what went wrong into one sentence and an exit code."""
+
+    @functools.wraps(command)
+    def answer(*arguments: P.args, **named: P.kwargs) -> None:
+        try:
+            command(*arguments, **named)
+        except KeyboardInterrupt:
+            _stop("stopped; run the same command to continue", 130)
+        except typer.Exit:
+            raise
+        except PotstillError as error:
+            _stop(f"error: {error}", error.exit_code, error)
+        except BrokenPipeError:
+            # Whoever read our output has seen enough. Python would flush once more at exit and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception as error:  # noqa: BLE001 - the last door: nobody should read a traceback
+            notes = " ".join(getattr(error, "__notes__", ())) or "Set POTSTILL_TRACEBACK=1 to see the traceback."
+            said = " ".join(str(error).split())[:300]
+            _stop(f"internal error: {type(error).__name__}: {said}; this is a bug. {notes}", 1, error)
+
+    return answer
+
+
+def _stop(sentence: str, exit_code: int, error: Exception | None = None) -> None:
+    if error is not None and os.environ.get("POTSTILL_TRACEBACK") == "1":
+        raise error
+    typer.echo(sentence, err=True)
+    raise typer.Exit(exit_code)
+
+
+@app.command()
+@_answering
+def run(
+    name: Name,
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; default runs/NAME.", show_default=False)] = None,
+) -> None:
+    """Run a recipe: teacher, student alone, distilled student, scores, report. Run it again to continue."""
+    from potstill import recipe
+    from potstill.report import Summary, table
+
+    done = recipe.run(recipe.load(name, changes or ()), out, command=_command())
+    if done is None:
+        return
+    told = table(Summary.read(done.path))
+    _print(told.columns, ([row.title, *row.cells] for row in told.rows))
+    typer.echo(f"report: {done.report}")
+
+
+@app.command()
+@_answering
+def check(name: Name, changes: Changes = None) -> None:
+    """Everything a run would refuse, and its plan: shapes, heads, parameters, memory, first losses. Trains nothing."""
+    from potstill import recipe
+
+    for title, columns, rows in recipe.plan(recipe.load(name, changes or ())).tables():
+        typer.echo(title)
+        _print(columns, rows)
+        typer.echo()
+    typer.echo("ok: nothing was trained.")
+
+
+@app.command("list")
+@_answering
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="recipe, loss, model, data, ...; default all.")] = None,
+) -> None:
+    """Shipped recipes and the parts they can name."""
+    from potstill import recipe
+
+    _print(("kind", "name", "what it is", "source"), recipe.listing(kind))
+
+
+@app.command()
+@_answering
+def show(
+    name: Annotated[str, typer.Argument(help="A shipped recipe or a part.", show_default=False)],
+) -> None:
+    """A recipe's text, or a part's documentation and knobs."""
+    from potstill import recipe
+
+    typer.echo(recipe.shown(name))
+
+
+@app.command()
+@_answering
+def copy(
+    name: Name,
+    file: Annotated[Path | None, typer.Argument(help="Where to; default NAME.yaml here.", show_default=False)] = None,
+) -> None:
+    """Copy a shipped recipe to a file of yours. An existing file is never overwritten."""
+    from potstill import recipe
+
+    typer.echo(recipe.copy(name, file))
+
+
+@app.command()
+@_answering
+def schema() -> None:
+    """The JSON Schema of a recipe, for editors that complete and check YAML."""
+    from potstill import recipe
+
+    typer.echo(json.dumps(recipe.schema(), indent=2))
+
+
+@app.command("eval")
+@_answering
+def eval_(folder: Folder) -> None:
+    """Score the student of a run again, from its export."""
+    from potstill import recipe
+
+    scores = recipe.score(folder).as_dict()
+    _print(("measure", "value"), ([key, _short(value)] for key, value in scores.items() if not isinstance(value, list)))
+
+
+@app.command()
+@_answering
+def report(folders: Annotated[list[Path], typer.Argument(help="One run for its card, several to compare.")]) -> None:
+    """Write a run's report again, or compare several runs in one table."""
+    from potstill.report import card, compare
+
+    if len(folders) == 1:
+        typer.echo(f"report: {card(folders[0])}")
+        return
+    shared = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
+    typer.echo(f"report: {compare(folders, shared)}")
+
+
+@app.command()
+@_answering
+def export(
+    folder: Folder,
+    destination: Annotated[Path, typer.Argument(help="A folder that is not there yet.", show_default=False)],
+) -> None:
+    """Copy the clean student of a run: its weights and how to build it, no heads and no teacher."""
+    from potstill import recipe
+
+    typer.echo(recipe.export(folder, destination))
+
+
+def _command() -> str:
+    return " ".join(["potstill", *sys.argv[1:]])
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _print(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table: drawn on a terminal, tab-separated words for a pipe."""
+    if not sys.stdout.isatty():
+        for row in (columns, *rows):
+            typer.echo("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(*columns)
+    for row in rows:
+        drawn.add_row(*row)
+    Console().print(drawn)

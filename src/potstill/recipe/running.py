@@ -1,0 +1,222 @@
+"""A recipe carried out in a run folder: the teacher, then for every seed the student alone and distilled.
+
+A kill at any moment hurts nothing: the same command finds what is finished and goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from potstill.core.errors import DataError, PotstillError, RecipeError
+from potstill.core.run import RunFolder, environment, read_json, read_lines, replacing, write_json, write_text
+from potstill.recipe import text
+from potstill.recipe.building import (
+    BUILD,
+    TEACHER_SEED,
+    freeze,
+    load_student,
+    make_model,
+    make_teacher,
+    read_data,
+    save_student,
+    teaching,
+)
+from potstill.recipe.calls import Call
+from potstill.recipe.plan import plan
+from potstill.recipe.sections import Recipe, TeacherPlan, build
+from potstill.recipe.stages import Stage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from potstill.core.types import Teacher
+    from potstill.data import ImageData
+    from potstill.evaluate import Scores
+    from potstill.loops.parallel import Ranks
+    from potstill.schemes import Offline
+
+SCORED = 256
+"""Examples scored at a time; the scores do not depend on it."""
+
+
+def run(recipe: Recipe, out: Path | None = None, *, command: str = "") -> RunFolder:
+    """Carry out a recipe in its folder, or go on where it was stopped; returns the folder, with its report.
+
+    Raises RecipeError for a folder that holds another recipe, and all that `plan` refuses, before any training.
+    """
+    from potstill.loops.parallel import join
+
+    folder, ranks = RunFolder(out or recipe.out), join()
+    ranks.from_main(lambda: _claim(folder, recipe, command))
+    if ranks.from_main(folder.report.exists):
+        return folder
+    try:
+        _carry_out(recipe, folder, ranks, command)
+    except PotstillError:
+        raise
+    except Exception as error:
+        if ranks.is_main:
+            write_text(folder.path / "traceback.txt", traceback.format_exc())
+            error.add_note(f"The traceback is in {folder.path / 'traceback.txt'}.")
+        raise
+    return folder
+
+
+def score(path: Path) -> Scores:
+    """The scores of a finished run's student, measured again from its export."""
+    from potstill.evaluate import evaluate
+    from potstill.students.module import as_student
+
+    folder = _finished(path)
+    recipe = build(text.read_file(folder.recipe))
+    teacher = None
+    if (folder.arm("teacher").student).is_dir():
+        teacher = freeze(load_student(folder.arm("teacher").student))
+    data = read_data(recipe.data, seed=recipe.seeds[0])
+    return evaluate(as_student(load_student(folder.student)), data.test.batches(SCORED), teacher=teacher)
+
+
+def export(path: Path, destination: Path) -> Path:
+    """Copy a run's clean student to a folder that is not there yet."""
+    folder = _finished(path)
+    if destination.exists():
+        raise RecipeError(f"export: {destination} is there already and is not overwritten. Give another folder.")
+    with replacing(destination) as draft:
+        shutil.copytree(folder.student, draft)
+    return destination
+
+
+def _claim(folder: RunFolder, recipe: Recipe, command: str) -> None:
+    """Make the folder this recipe's own. Raises RecipeError where it is another's."""
+    if folder.recipe.exists():
+        found = text.first_difference(text.read_file(folder.recipe), dict(recipe.resolved))
+        if found:
+            key, here, there = found
+            raise RecipeError(
+                f"{folder.path} holds a run with {key} {text.shortly(here)}, this one says {text.shortly(there)}. "
+                "Choose another --out, or delete the folder."
+            )
+        return
+    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        raise RecipeError(f"{folder.path} is there already and holds no run. Choose another --out.")
+    write_json(folder.environment, environment(command))
+    write_text(folder.recipe, text.write(recipe.resolved))
+
+
+def _carry_out(recipe: Recipe, folder: RunFolder, ranks: Ranks, command: str) -> None:
+    """Teacher, then for every seed the student alone and distilled, then what is told of them."""
+    start = time.monotonic() - _trained_seconds(folder)
+    # Whatever can be refused is refused before a teacher has been trained for an hour.
+    ranks.from_main(lambda: plan(recipe).parts)
+    arms: dict[str, list[dict[str, Any]]] = {"alone": [], "distilled": [], "teacher": []}
+    teacher = None if recipe.teacher is None else _teacher(recipe.teacher, recipe, folder.arm("teacher"), ranks)
+    if folder.arm("teacher").scores.exists():
+        arms["teacher"].append(_entry(folder, "teacher", TEACHER_SEED))
+    main = "alone" if teacher is None else "distilled"
+    for seed in recipe.seeds:
+        for name, arm, taught_by in (("alone", recipe.alone, None), (main, recipe, teacher)):
+            if arm is not None:
+                place = f"{name}-seed{seed}"
+                scheme = teaching(arm, taught_by)
+                _train(arm.student, arm.stages, scheme, folder.arm(place), seed=seed, judge=teacher, ranks=ranks)
+                arms[name] += [_entry(folder, place, seed)] if ranks.is_main else []
+    told: dict[str, Any] = {"name": recipe.name, "about": recipe.about, "cite": recipe.cite, "command": command}
+    told["arms"] = {name: entries for name, entries in arms.items() if entries}
+    ranks.from_main(lambda: _tell(folder, {**told, "seconds": round(time.monotonic() - start, 3)}, first=main))
+
+
+def _teacher(how: TeacherPlan, recipe: Recipe, arm: RunFolder, ranks: Ranks) -> Teacher:
+    """The frozen teacher, trained and scored in its own arm where it is a model."""
+    from torch import nn
+
+    from potstill.schemes import Offline
+
+    if how.stage is not None:
+        model = _train(how.call, (how.stage,), Offline, arm, seed=TEACHER_SEED, judge=None, ranks=ranks)
+        return freeze(model, ranks.device)
+    data = read_data(recipe.data, seed=TEACHER_SEED)
+    teacher = make_teacher(how, data)
+    if isinstance(teacher, nn.Module) and not ranks.from_main(arm.scores.exists):
+        ranks.from_main(lambda: _score(teacher, data, arm, judge=None))
+    return freeze(teacher, ranks.device)
+
+
+def _train(
+    call: Call,
+    stages: Sequence[Stage],
+    scheme: Callable[[nn.Module], Offline],
+    arm: RunFolder,
+    *,
+    seed: int,
+    judge: Teacher | None,
+    ranks: Ranks,
+) -> nn.Module:
+    """One arm: a model of this seed through all its stages, exported and scored. A finished one is read back."""
+    from potstill.loops.fit import fit
+
+    if ranks.from_main(arm.scores.exists):
+        return load_student(arm.student).to(ranks.device)
+    data = read_data(stages[-1].data, seed=seed)
+    model = make_model(call, data, seed=seed)
+    for number, stage in enumerate(stages):
+        source = read_data(stage.data, seed=seed).train
+        fit(
+            scheme(model),
+            stage.objective,
+            source,
+            out=arm.path,
+            stage=number,
+            seed=seed,
+            train=stage.train,
+            **stage.fit,
+        )
+    ranks.from_main(lambda: save_student(call, model, data, arm.student))
+    ranks.from_main(lambda: _score(model, data, arm, judge=judge))
+    return model
+
+
+def _score(model: nn.Module, data: ImageData, arm: RunFolder, *, judge: Teacher | None) -> None:
+    """Write an arm's scores: the mark that it is finished."""
+    from potstill.evaluate import evaluate, latency
+    from potstill.students.module import as_student
+
+    student = as_student(model)
+    scores = evaluate(student, data.test.batches(SCORED), teacher=judge).as_dict()
+    write_json(arm.scores, {**scores, "latency_ms": latency(student, data.test.batch(0))})
+
+
+def _entry(folder: RunFolder, place: str, seed: int) -> dict[str, Any]:
+    return {"seed": seed, "folder": place, "scores": read_json(folder.arm(place).scores)}
+
+
+def _tell(folder: RunFolder, told: dict[str, Any], *, first: str) -> None:
+    """The student's export, the summary, the report."""
+    from potstill.report import card
+
+    exported = folder.arm(told["arms"][first][0]["folder"]).student
+    with replacing(folder.student) as draft:
+        shutil.copytree(exported, draft)
+    class_names = text.read_file(exported / BUILD)["class_names"]
+    write_json(folder.summary, {**told, "class_names": class_names})
+    card(folder.path)
+
+
+def _finished(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    if not folder.summary.is_file() or not folder.student.is_dir():
+        raise DataError(f"{path} holds no finished run. Give the folder of one, or run its command again to finish it.")
+    return folder
+
+
+def _trained_seconds(folder: RunFolder) -> float:
+    """What earlier, interrupted commands spent on training in this folder."""
+    seconds = 0.0
+    for journal in folder.path.glob(f"*/{folder.metrics.name}"):
+        last = {line["stage"]: line["seconds"] for line in read_lines(journal)}
+        seconds += sum(last.values())
+    return seconds

@@ -1,0 +1,97 @@
+"""The JSON Schema of a recipe (draft 2020-12), made from the same signatures that check it. For editors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from potstill.core.catalog import keywords, parts
+from potstill.recipe.calls import FROM_DATA, SUPPLIED, choices
+from potstill.recipe.signature import in_full, json_schema, knobs
+
+TEXT = {"type": "string"}
+
+
+def schema() -> dict[str, Any]:
+    """Every section with its knobs, their types, defaults and first words of documentation."""
+    from potstill.loops.fit import fit
+
+    training = _knobs(fit, supplied=SUPPLIED["fit"])
+    taught = {"fit": {"$ref": "#/$defs/fit"}, "weights": TEXT, "data": {"type": "object"}}
+    terms = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/term"}}
+    stage = {
+        "objective": terms,
+        "fit": {"$ref": "#/$defs/fit"},
+        "train": {"type": "array", "items": TEXT},
+        "data": {"type": "object"},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Potstill recipe",
+        "type": "object",
+        "properties": {
+            "name": TEXT,
+            "about": TEXT,
+            "cite": TEXT,
+            "data": _one_of(choices("data"), supplied=SUPPLIED["data"]),
+            "teacher": _one_of(choices("teacher"), supplied=FROM_DATA, more=taught),
+            "student": _one_of(choices("student"), supplied=FROM_DATA),
+            "scheme": _one_of(choices("scheme"), supplied=SUPPLIED["scheme"]),
+            "objective": terms,
+            "fit": {"$ref": "#/$defs/fit"},
+            "stages": {"type": "array", "minItems": 1, "items": _object(stage, required=["objective", "fit"])},
+            "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "uniqueItems": True, "default": [0]},
+            "baseline": {"type": ["object", "null"], "default": {}},
+            "out": TEXT,
+        },
+        "required": ["data", "student"],
+        "oneOf": [{"required": ["objective", "fit"]}, {"required": ["stages"]}],
+        "additionalProperties": False,
+        "$defs": {"fit": training, "term": _terms()},
+    }
+
+
+def _terms() -> dict[str, Any]:
+    weight = {"oneOf": [{"type": "number"}, _one_of(parts("schedule"))], "default": 1.0}
+    at = {"oneOf": [{"type": "array", "items": TEXT}, {"type": "object", "additionalProperties": TEXT}]}
+    return _one_of(parts("loss"), more={"weight": weight, "at": at})
+
+
+def _one_of(
+    known: Mapping[str, Callable[..., Any]],
+    *,
+    supplied: frozenset[str] = frozenset(),
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One alternative per part, told apart by `use`; the last one is any `package.module:name`."""
+    alternatives = []
+    for name, part in known.items():
+        described = _knobs(part, supplied=supplied)
+        described["properties"] = {"use": {"const": name}, **described["properties"], **(more or {})}
+        described["required"] = ["use", *described["required"]]
+        alternatives.append({"title": name, "description": summary(part), **described})
+    outside = {"type": "object", "properties": {"use": {"type": "string", "pattern": ":"}}, "required": ["use"]}
+    return {"type": "object", "oneOf": [*alternatives, outside], "discriminator": {"propertyName": "use"}}
+
+
+def _knobs(part: Callable[..., Any], *, supplied: frozenset[str]) -> dict[str, Any]:
+    known = {name: annotation for name, annotation in knobs(part).items() if name not in supplied - FROM_DATA}
+    preset = in_full(part, {})
+    properties = {
+        name: {**json_schema(annotation), **({"default": preset[name]} if name in preset else {})}
+        for name, annotation in known.items()
+    }
+    needed = [
+        name for name in known if keywords(part)[name].default is inspect.Parameter.empty and name not in supplied
+    ]
+    return _object(properties, required=needed)
+
+
+def _object(properties: Mapping[str, Any], *, required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": dict(properties), "required": required, "additionalProperties": False}
+
+
+def summary(part: Callable[..., Any]) -> str:
+    """The first line of a part's documentation."""
+    return (inspect.getdoc(part) or "").partition("\n")[0]

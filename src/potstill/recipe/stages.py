@@ -1,0 +1,140 @@
+"""What is trained: terms, for some steps, on some data. A recipe has one stage, or a list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from potstill.core.catalog import find, parts
+from potstill.core.errors import RecipeError
+from potstill.recipe.calls import Call, check_call, check_fit, check_keys, section_of, written_fit
+from potstill.recipe.signature import check_knobs, in_full, typed
+from potstill.recipe.text import Tree, merge, name_of
+
+if TYPE_CHECKING:
+    from potstill.objective import Objective
+    from potstill.objective.schedules import Schedule
+    from potstill.objective.term import Term
+
+KEYS = ("objective", "train", "fit", "data")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One objective, trained for some steps on some data."""
+
+    place: str
+    """Where it stands in the recipe, with a dot behind; empty where it is the whole recipe."""
+    objective: Objective
+    data: Call
+    fit: Mapping[str, Any]
+    train: tuple[str, ...]
+    """The student's parts that learn in this stage; empty: all of it."""
+    written: Mapping[str, Tree]
+    """The stage in full, as a recipe writes it."""
+
+    @property
+    def steps(self) -> int:
+        return int(self.fit["steps"])
+
+
+def check_stages(content: Mapping[str, Tree], *, taught: bool, place: str = "") -> tuple[Stage, ...]:
+    """The stages of a recipe. `taught`: there is a teacher to compare with."""
+    data = section_of(content, "data", place=place)
+    listed = content.get("stages")
+    if listed is None:
+        whole = {key: content[key] for key in ("objective", "fit") if key in content}
+        return (_stage(whole, data, taught=taught, place=place),)
+    for key in ("objective", "fit"):
+        if key in content:
+            raise RecipeError(f"{place}{key}: a recipe with stages has its {key} inside each stage. Move it there.")
+    if not isinstance(listed, list) or not listed:
+        raise RecipeError(
+            f"{place}stages: found {name_of(listed)}, expected a list of stages, each with objective and fit."
+        )
+    stages = []
+    for index, entry in enumerate(listed):
+        here = f"{place}stages[{index}]"
+        if not isinstance(entry, dict):
+            raise RecipeError(f"{here}: found {name_of(entry)}, expected a mapping with objective and fit.")
+        check_keys(entry, KEYS, place=f"{here}.")
+        stages.append(_stage(entry, data, taught=taught, place=f"{here}."))
+    return tuple(stages)
+
+
+def _stage(entry: Mapping[str, Tree], data: Mapping[str, Tree], *, taught: bool, place: str) -> Stage:
+    from potstill.objective import Objective
+
+    terms = entry.get("objective")
+    if not isinstance(terms, list) or not terms:
+        found = "no objective" if terms is None else name_of(terms)
+        raise RecipeError(
+            f"{place}objective: found {found}, expected a list of terms such as [{{use: cross_entropy}}]."
+        )
+    made: list[Term] = []
+    written: list[Tree] = []
+    for index, line in enumerate(terms):
+        made.append(_term(line, taught=taught, place=f"{place}objective[{index}]"))
+        written.append(_written_term(line))
+    fit = check_fit(section_of(entry, "fit", place=place), place=f"{place}fit")
+    changes = section_of(entry, "data", {}, place=place)
+    train = typed(entry.get("train", []), list[str], place=f"{place}train")
+    return Stage(
+        place=place,
+        objective=Objective(*made),
+        data=check_call("data", merge(data, changes), place=f"{place}data"),
+        fit=fit,
+        train=tuple(train),
+        written={
+            "objective": written,
+            **({"train": train} if train else {}),
+            "fit": written_fit(fit),
+            **({"data": dict(changes)} if changes else {}),
+        },
+    )
+
+
+def _term(line: Tree, *, taught: bool, place: str) -> Term:
+    """One line of the objective, made by the objective's own `term`."""
+    from potstill.objective import term
+
+    if not isinstance(line, dict):
+        raise RecipeError(f"{place}: found {name_of(line)}, expected a mapping such as {{use: kd, weight: 0.9}}.")
+    use = line.get("use")
+    if not isinstance(use, str):
+        found = "no 'use'" if use is None else name_of(use)
+        raise RecipeError(f"{place}.use: found {found}, expected the name of a loss: {', '.join(parts('loss'))}.")
+    loss = find("loss", use, place=f"{place}.use")
+    at = line.get("at", [])
+    pairs = typed(at, dict[str, str] if isinstance(at, dict) else list[str], place=f"{place}.at")
+    knobs = check_knobs(loss, _knobs(line), place=place)
+    # The weight is left to term where it is not given: its default stands there.
+    weight = [_weight(line["weight"], place=f"{place}.weight")] if "weight" in line else []
+    made = term(loss, *weight, at=pairs, place=place, **knobs)
+    heard = [name for name in made.reads if name.startswith("teacher_")]
+    if heard and not taught:
+        raise RecipeError(
+            f"{place}: {use} reads {heard[0]}, but this arm has no teacher. Name one, or take another loss."
+        )
+    return made
+
+
+def _weight(weight: Tree, *, place: str) -> float | Schedule:
+    if isinstance(weight, dict):
+        schedule: Schedule = check_call("schedule", weight, place=place)()
+        return schedule
+    number: float = typed(weight, float, place=place)
+    return number
+
+
+def _written_term(line: Tree) -> dict[str, Tree]:
+    """A checked line in full."""
+    assert isinstance(line, dict)
+    head: dict[str, Tree] = {key: line[key] for key in ("use", "weight", "at") if key in line}
+    loss: Callable[..., object] = find("loss", str(line["use"]))
+    return {**head, **in_full(loss, _knobs(line))}
+
+
+def _knobs(line: Mapping[str, Tree]) -> dict[str, Tree]:
+    return {key: value for key, value in line.items() if key not in ("use", "weight", "at")}

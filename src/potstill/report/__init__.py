@@ -1,0 +1,8 @@
+"""A run told to people: one page for a run, one table for several. Reads run folders; trains and measures nothing."""
+
+from potstill.report.card import card
+from potstill.report.compare import compare, comparison
+from potstill.report.figures import Summary
+from potstill.report.words import Table, table
+
+__all__ = ["Summary", "Table", "card", "compare", "comparison", "table"]

@@ -1,0 +1,177 @@
+"""One run as one page: report.html, which needs nothing beside it, and report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from potstill.core.run import RunFolder, write_text
+from potstill.report import charts, words
+from potstill.report.figures import ARMS, Arm, Estimate, Summary, mean_curve
+from potstill.report.pages import render
+
+MOST_CLASSES = 40
+"""More rows than this make no picture; then those with the largest change are shown."""
+CLASSES_PER_CHART = 20
+
+
+def card(folder: Path) -> Path:
+    """Write report.html and report.md into a run's folder; returns the path of the page.
+
+    Raises DataError where the folder holds no finished run, StorageError where one of its files is torn.
+    """
+    summary = Summary.read(folder)
+    classes = _class_rows(summary)
+    shown = _most_changed(classes)
+    shared = {
+        "summary": summary,
+        "headline": words.headline(summary),
+        "verdict": words.verdict(summary),
+        "table": words.table(summary),
+        "notes": words.notes(summary),
+        "facts": _facts(summary),
+        "seeds": _seed_table(summary),
+    }
+    page = render(
+        "card.html.jinja",
+        **shared,
+        strip=_strip(summary),
+        gains=_gains(summary),
+        classes=_classes(shown),
+        class_table=_class_table(summary, shown),
+        num_classes=(len(shown), len(classes)),
+        legend=charts.legend({name: words.title(name) for name in ARMS if name in summary.arms}),
+        training=[panel for arm in summary.arms.values() for panel in _training(arm)],
+    )
+    write_text(folder / "report.md", render("card.md.jinja", **shared))
+    write_text(RunFolder(folder).report, page)
+    return RunFolder(folder).report
+
+
+def _facts(summary: Summary) -> tuple[tuple[str, str], ...]:
+    """The line under the verdict: what was run, on what, how long."""
+    seeds = sorted(
+        {run.seed for name in ("alone", "distilled") if name in summary.arms for run in summary.arms[name].runs}
+    )
+    items = {
+        run.numbers["num_items"] for arm in summary.arms.values() for run in arm.runs if "num_items" in run.numbers
+    }
+    facts = [
+        ("Seeds", ", ".join(str(seed) for seed in seeds)),
+        ("Test items", f"{items.pop():,.0f}" if len(items) == 1 else ""),
+        ("Classes", str(len(summary.class_names) or "")),
+        ("Whole run", words.duration(summary.seconds) if summary.seconds is not None else ""),
+        ("Cores", summary.machine.get("cores", "")),
+    ]
+    return tuple((name, value) for name, value in facts if value)
+
+
+def _seed_table(summary: Summary) -> words.Table | None:
+    """Accuracy seed by seed, paired."""
+    changes = summary.changes("accuracy")
+    rows = tuple(
+        words.Row(
+            title=str(change.seed),
+            cells=(f"{100 * change.alone:.1f}", f"{100 * change.distilled:.1f}", words.points(change.amount)),
+        )
+        for change in changes
+    )
+    columns = ("Seed", f"{words.title('alone')}, %", f"{words.title('distilled')}, %", "Gain, points")
+    return words.Table(columns=columns, rows=rows) if rows else None
+
+
+def _strip(summary: Summary) -> Markup | None:
+    rows = []
+    for name, arm in summary.arms.items():
+        values = [100 * run.numbers["accuracy"] for run in arm.runs if "accuracy" in run.numbers]
+        if values:
+            spots = tuple(charts.Spot(arm=name, value=value) for value in values)
+            rows.append(charts.DotRow(label=words.title(name), spots=spots))
+    return charts.strip(rows) if rows else None
+
+
+def _gains(summary: Summary) -> Markup | None:
+    changes, mean = summary.changes("accuracy"), summary.change("accuracy")
+    if mean is None:
+        return None
+    rows = [
+        charts.Interval(
+            label=f"seed {change.seed}",
+            estimate=Estimate(mean=100 * change.amount, sd=None, num_seeds=1),
+            note=words.points(change.amount),
+        )
+        for change in changes
+    ]
+    in_points = Estimate(mean=100 * mean.mean, sd=None if mean.sd is None else 100 * mean.sd, num_seeds=mean.num_seeds)
+    return charts.gains(rows, in_points, said=f"mean {words.gain(mean)}")
+
+
+def _classes(rows: Sequence[charts.DotRow]) -> list[Markup]:
+    """Accuracy of each class in every arm, in charts of a readable height and on one scale."""
+    low = min((spot.value for row in rows for spot in row.spots), default=0.0)
+    num_charts = max(1, -(-len(rows) // CLASSES_PER_CHART))
+    height = max(1, -(-len(rows) // num_charts))
+    return [
+        charts.dots(rows[start : start + height], low=low, title="Accuracy of each class in percent")
+        for start in range(0, len(rows), height)
+    ]
+
+
+def _class_table(summary: Summary, rows: Sequence[charts.DotRow]) -> words.Table:
+    arms = [name for name in ARMS if any(spot.arm == name for row in rows for spot in row.spots)]
+    compared = {"alone", "distilled"} <= set(arms)
+    lines = []
+    for row in rows:
+        at = {spot.arm: spot.value for spot in row.spots}
+        cells = [f"{at[arm]:.1f}" if arm in at else words.UNKNOWN for arm in arms]
+        if compared:
+            change = (at["distilled"] - at["alone"]) / 100 if {"alone", "distilled"} <= at.keys() else None
+            cells.append(words.UNKNOWN if change is None else words.points(change))
+        lines.append(words.Row(title=row.label, cells=tuple(cells)))
+    columns = ("Class", *(arm.capitalize() for arm in arms), *(("Change",) if compared else ()))
+    return words.Table(columns=columns, rows=tuple(lines))
+
+
+def _most_changed(rows: Sequence[charts.DotRow]) -> Sequence[charts.DotRow]:
+    """All rows where they make a picture; else those with the largest change, in the order of the classes."""
+    if len(rows) <= MOST_CLASSES:
+        return rows
+    largest = sorted(range(len(rows)), key=lambda index: _class_change(rows[index]))[-MOST_CLASSES:]
+    return [rows[index] for index in sorted(largest)]
+
+
+def _class_rows(summary: Summary) -> list[charts.DotRow]:
+    """One row per class that some arm was scored on."""
+    accuracies = {name: summary.arms[name].per_class() for name in ARMS if name in summary.arms}
+    num_classes = max((len(values) for values in accuracies.values()), default=0)
+    names = summary.class_names if len(summary.class_names) == num_classes else [str(i) for i in range(num_classes)]
+    rows = []
+    for index, label in enumerate(names):
+        spots = tuple(
+            charts.Spot(arm=arm, value=100 * accuracy)
+            for arm, values in accuracies.items()
+            if index < len(values) and (accuracy := values[index]) is not None
+        )
+        if spots:
+            rows.append(charts.DotRow(label=label, spots=spots))
+    return rows
+
+
+def _class_change(row: charts.DotRow) -> float:
+    at = {spot.arm: spot.value for spot in row.spots}
+    return abs(at["distilled"] - at["alone"]) if {"alone", "distilled"} <= at.keys() else -1.0
+
+
+def _training(arm: Arm) -> list[tuple[str, str, Markup]]:
+    """The curves of one arm, the loss and then each of its terms: (arm, curve, chart)."""
+    names = list(dict.fromkeys(name for run in arm.runs for name in run.curves))
+    # With a single term the loss is that term times its weight: the same curve twice says nothing more.
+    shown = ["loss"] if len(names) == 2 and "loss" in names else names
+    panels = []
+    for name in shown:
+        seeds = [run.curves[name] for run in arm.runs if name in run.curves]
+        drawn = charts.curves(arm.name, seeds, mean_curve(seeds), title=f"{words.title(arm.name)}: {name} over steps")
+        panels.append((words.title(arm.name), name, drawn))
+    return panels

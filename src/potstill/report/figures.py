@@ -1,0 +1,221 @@
+"""The figures of one run, read from its folder. The one place where a mean and a spread are computed."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from potstill.core.errors import DataError, StorageError
+from potstill.core.run import RunFolder, read_json, read_lines
+
+Curve: TypeAlias = tuple[tuple[int, float], ...]
+"""(step, value), by rising step."""
+
+ARMS = ("alone", "distilled", "teacher")
+"""The arms a report knows how to set against each other, in the order of its columns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """The mean over seeds and the sample standard deviation (n - 1), None for one seed."""
+
+    mean: float
+    sd: float | None
+    num_seeds: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Estimate | None:
+        """None where no seed has a value."""
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        sd = statistics.stdev(known) if len(known) > 1 else None
+        return cls(mean=statistics.fmean(known), sd=sd, num_seeds=len(known))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedRun:
+    """One seed of one arm."""
+
+    seed: int
+    numbers: Mapping[str, float]
+    """The scores that are one number, and "seconds" of training where the arm was trained."""
+    per_class: tuple[float | None, ...] = ()
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    """"loss", then each term by its name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """The same training with several seeds."""
+
+    name: str
+    runs: tuple[SeedRun, ...]
+
+    def estimate(self, measure: str) -> Estimate | None:
+        return Estimate.of(run.numbers.get(measure) for run in self.runs)
+
+    def per_class(self) -> tuple[float | None, ...]:
+        """Mean accuracy of each class over seeds."""
+        columns = zip(*(run.per_class for run in self.runs if run.per_class), strict=False)
+        estimates = [Estimate.of(column) for column in columns]
+        return tuple(None if estimate is None else estimate.mean for estimate in estimates)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A measure of one seed, alone and distilled."""
+
+    seed: int
+    alone: float
+    distilled: float
+
+    @property
+    def amount(self) -> float:
+        # Rounded, so that two opposite changes cancel: the last bit is no gain.
+        return round(self.distilled - self.alone, 12)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """All that a report says of a run."""
+
+    folder: Path
+    name: str
+    about: str
+    cite: str
+    command: str
+    arms: Mapping[str, Arm]
+    class_names: tuple[str, ...]
+    seconds: float | None
+    """The whole run: teacher, all arms, evaluation."""
+    recipe: str
+    machine: Mapping[str, str]
+    packages: Mapping[str, str]
+
+    @classmethod
+    def read(cls, path: Path) -> Summary:
+        """Read a run folder. Raises DataError where it holds no finished run, StorageError where a file is torn."""
+        folder = RunFolder(path)
+        if not folder.summary.is_file():
+            raise DataError(
+                f"{path} has no summary.json, which a run writes at its end. Give the folder of a finished run, or "
+                "run the same command again to finish this one."
+            )
+        content = read_json(folder.summary)
+        environment = read_json(folder.environment) if folder.environment.is_file() else {}
+        packages = environment.get("packages", {})
+        described = {key: environment[key] for key in ("python", "platform", "cores") if key in environment}
+        try:
+            arms = {
+                name: Arm(name=name, runs=tuple(_seed_run(folder, entry) for entry in entries))
+                for name, entries in _in_order(content["arms"]).items()
+                if entries
+            }
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise StorageError(
+                f"{folder.summary} is not the summary of a run ({type(error).__name__}: {error}); it should hold "
+                '"arms", each a list of {"seed", "folder", "scores"}. Run the same command again to rewrite it.'
+            ) from error
+        return cls(
+            folder=path,
+            name=str(content.get("name") or path.name),
+            about=str(content.get("about") or "").strip(),
+            cite=str(content.get("cite") or "").strip(),
+            command=str(content.get("command") or environment.get("command") or ""),
+            arms=arms,
+            class_names=tuple(str(name) for name in content.get("class_names") or ()),
+            seconds=_number(content.get("seconds")),
+            recipe=folder.recipe.read_text(encoding="utf-8").strip() if folder.recipe.is_file() else "",
+            machine={str(key): str(value) for key, value in described.items()},
+            packages={str(key): str(value) for key, value in packages.items() if value != "absent"},
+        )
+
+    def estimate(self, arm: str, measure: str) -> Estimate | None:
+        return self.arms[arm].estimate(measure) if arm in self.arms else None
+
+    def changes(self, measure: str) -> tuple[Change, ...]:
+        """The seeds that have this measure both alone and distilled: the same seed is a pair."""
+        alone, distilled = (
+            {run.seed: run.numbers[measure] for run in self.arms[name].runs if measure in run.numbers}
+            if name in self.arms
+            else {}
+            for name in ("alone", "distilled")
+        )
+        return tuple(
+            Change(seed=seed, alone=alone[seed], distilled=distilled[seed]) for seed in sorted(alone.keys() & distilled)
+        )
+
+    def change(self, measure: str) -> Estimate | None:
+        """Distilled minus alone: mean and spread of the paired differences."""
+        return Estimate.of(change.amount for change in self.changes(measure))
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """The mean over seeds at the steps that all of them have."""
+    by_step = [dict(curve) for curve in curves]
+    if not by_step:
+        return ()
+    shared = sorted(set.intersection(*(set(values) for values in by_step)))
+    return tuple((step, statistics.fmean(values[step] for values in by_step)) for step in shared)
+
+
+def _in_order(arms: Mapping[str, list[dict[str, object]]]) -> dict[str, list[dict[str, object]]]:
+    """Known arms first, then any others in the order they stand in."""
+    known = [name for name in ARMS if name in arms]
+    return {name: arms[name] for name in [*known, *(name for name in arms if name not in ARMS)]}
+
+
+def _seed_run(top: RunFolder, entry: Mapping[str, object]) -> SeedRun:
+    folder = top.arm(str(entry["folder"])) if entry.get("folder") else None
+    scores = entry.get("scores")
+    if not isinstance(scores, dict):
+        scores = read_json(folder.scores) if folder is not None and folder.scores.is_file() else {}
+    numbers = {str(key): number for key, value in scores.items() if (number := _number(value)) is not None}
+    curves, seconds = ({}, None) if folder is None else _curves(folder)
+    if seconds is not None:
+        numbers["seconds"] = seconds
+    return SeedRun(
+        seed=int(str(entry["seed"])),
+        numbers=numbers,
+        per_class=tuple(_number(value) for value in scores.get("per_class") or ()),
+        curves=curves,
+    )
+
+
+def _curves(folder: RunFolder) -> tuple[dict[str, Curve], float | None]:
+    """Loss and terms by step, and the seconds of all stages together.
+
+    A later stage begins its steps and its clock anew; its steps are counted on from the stage before. A step that
+    is logged twice, because a killed run came by again, counts as it was the last time.
+    """
+    try:
+        lines = {(line.get("stage", 0), line["step"]): line for line in read_lines(folder.metrics) if "step" in line}
+    except json.JSONDecodeError as error:
+        raise StorageError(f"{folder.metrics} is torn ({error}). Delete it to report without its curves.") from error
+    curves: dict[str, list[tuple[int, float]]] = {"loss": []}
+    seconds: dict[int, float] = {}
+    now, offset, last = None, 0, 0
+    for (stage, step), line in sorted(lines.items()):
+        if stage != now:
+            offset, now = (last if step <= last else 0), stage
+        last = step + offset
+        for name, value in {"loss": line.get("loss"), **line.get("terms", {})}.items():
+            if (number := _number(value)) is not None:
+                curves.setdefault(name, []).append((last, number))
+        if (number := _number(line.get("seconds"))) is not None:
+            seconds[stage] = number
+    known = {name: tuple(points) for name, points in curves.items() if points}
+    return known, sum(seconds.values()) if seconds else None
+
+
+def _number(value: object) -> float | None:
+    """The finite number that a JSON value is, if it is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -1,0 +1,278 @@
+"""Figures in words: the headline, the verdict, the table. The command line, Markdown and HTML all say it from here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from potstill.report.figures import Estimate, Summary
+
+Tone: TypeAlias = Literal["", "better", "worse"]
+
+UNKNOWN = "\u2013"
+TIE = "\u00a0"
+"""A space that does not break: a number stays with its sign and unit."""
+PLUS_MINUS = "\u00b1"
+MINUS = "\u2212"
+SPREAD_NOTE = (
+    f"Mean {PLUS_MINUS} sample standard deviation (n {MINUS} 1) over seeds; {UNKNOWN} where one seed cannot show it."
+)
+TITLES = {"alone": "Student alone", "distilled": "Distilled student", "teacher": "Teacher"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """One row of the table: what it is called, how it is written, which way is better."""
+
+    key: str
+    title: str
+    write: Callable[[float], str]
+    better: Literal[-1, 0, 1]
+    """1 where more is better, -1 where less is, 0 where it depends."""
+    note: str = ""
+    repeats: bool = True
+    """Differs from seed to seed, so that a mean needs its spread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    title: str
+    cells: tuple[str, ...]
+    tone: Tone = ""
+    """What the cell of the change means; empty where it is within its spread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Finished strings, ready for rich, Markdown or HTML."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def table(summary: Summary) -> Table:
+    """One row per measure that any arm has, one column per arm; mean and sample sd over seeds, then the change."""
+    compared = "alone" in summary.arms and "distilled" in summary.arms
+    rows = []
+    for measure in MEASURES:
+        estimates = [arm.estimate(measure.key) for arm in summary.arms.values()]
+        if not any(estimates):
+            continue
+        cells = [written(estimate, measure) for estimate in estimates]
+        change = summary.change(measure.key)
+        if compared:
+            cells.append(changed(change, measure))
+        rows.append(Row(title=measure.title, cells=tuple(cells), tone=_tone(change, measure.better)))
+    columns = ["Measure", *(title(name) for name in summary.arms), *(["Change"] if compared else [])]
+    return Table(columns=tuple(columns), rows=tuple(rows))
+
+
+def notes(summary: Summary) -> tuple[str, ...]:
+    """What the reader of the table must know."""
+    lines = [SPREAD_NOTE]
+    if {"alone", "distilled"} <= summary.arms.keys():
+        lines.append("Change: distilled minus alone, seed by seed; coloured where its mean exceeds its own deviation.")
+    for measure in MEASURES:
+        if measure.note and any(arm.estimate(measure.key) for arm in summary.arms.values()):
+            lines.append(f"{measure.title.partition(', ')[0]}: {measure.note}")
+    return tuple(lines)
+
+
+def headline(summary: Summary) -> str:
+    """Who gets what, in one sentence."""
+    same = "the same student alone" if "distilled" in summary.arms else "the student alone"
+    parts: list[str] = []
+    for name, subject in (("distilled", "the distilled student"), ("alone", same), ("teacher", "the teacher")):
+        estimate = summary.estimate(name, "accuracy")
+        if estimate is not None:
+            parts.append(f"{subject} {'' if parts else 'gets '}{percent(estimate)}")
+    if not parts:
+        return "No accuracy was measured in this run."
+    sentence = ", ".join(parts)
+    seeds = {e.num_seeds for name in ("distilled", "alone") if (e := summary.estimate(name, "accuracy")) is not None}
+    return sentence[0].upper() + sentence[1:] + (f" ({_seeds(seeds)})." if seeds else ".")
+
+
+def verdict(summary: Summary) -> str:
+    """Whether distilling was worth it, said plainly also where it was not."""
+    change = summary.change("accuracy")
+    if change is None:
+        return _why_no_gain(summary)
+    if change.mean <= 0:
+        said = f"Distillation did not gain: {gain(change)} against the student alone."
+    elif change.sd is not None and change.mean <= change.sd:
+        said = f"Distillation did not clearly gain: {gain(change)}, which is within the spread over seeds."
+    else:
+        said = f"Distillation gained {gain(change)}."
+    if change.num_seeds == 1:
+        return f"{said} One seed cannot show how much of it is chance."
+    return f"{said} It was better on {wins(summary)} seeds."
+
+
+def wins(summary: Summary) -> str:
+    """On how many of the paired seeds the distilled student is strictly more accurate."""
+    changes = summary.changes("accuracy")
+    return f"{sum(change.amount > 0 for change in changes)} of {len(changes)}"
+
+
+def title(arm: str) -> str:
+    return TITLES.get(arm, arm.replace("_", " ").replace("-", " ").capitalize())
+
+
+def percent(estimate: Estimate) -> str:
+    """An accuracy in a sentence: 96.1 % +- 0.3."""
+    spread = "" if estimate.sd is None else f"{TIE}{PLUS_MINUS}{TIE}{_share(estimate.sd)}"
+    return f"{_share(estimate.mean)}{TIE}%{spread}"
+
+
+def gain(change: Estimate) -> str:
+    """A gain in a sentence: +1.9 points +- 0.4."""
+    spread = "" if change.sd is None else f"{TIE}{PLUS_MINUS}{TIE}{_share(change.sd)}"
+    return f"{points(change.mean)}{TIE}points{spread}"
+
+
+def share_cell(estimate: Estimate | None) -> str:
+    """An accuracy in a column headed %."""
+    return written(estimate, MEASURES[0])
+
+
+def gain_cell(change: Estimate) -> str:
+    """A gain in a column headed points."""
+    return f"{points(change.mean)} {PLUS_MINUS} {UNKNOWN if change.sd is None else _share(change.sd)}"
+
+
+def tone(summary: Summary) -> Tone:
+    """Whether the change of accuracy exceeds its own spread, and which way."""
+    return _tone(summary.change("accuracy"), 1)
+
+
+def written(estimate: Estimate | None, measure: Measure) -> str:
+    """A cell of the table: mean and spread, or the sign for what is not known."""
+    if estimate is None:
+        return UNKNOWN
+    mean = measure.write(estimate.mean)
+    if not measure.repeats:
+        return mean
+    return f"{mean} {PLUS_MINUS} {UNKNOWN if estimate.sd is None else measure.write(estimate.sd)}"
+
+
+def changed(change: Estimate | None, measure: Measure) -> str:
+    """A cell of the last column: a signed difference."""
+    if change is None:
+        return UNKNOWN
+    if change.mean == 0.0 and not measure.repeats:
+        return "same"
+    amount = measure.write(abs(change.mean))
+    sign = "" if amount == measure.write(0.0) else "+" if change.mean > 0 else MINUS
+    if not measure.repeats:
+        return f"{sign}{amount}"
+    return f"{sign}{amount} {PLUS_MINUS} {UNKNOWN if change.sd is None else measure.write(change.sd)}"
+
+
+def points(share: float) -> str:
+    """A signed difference of shares in percentage points; a second decimal where the first would hide it."""
+    size = _share(abs(share)) if abs(share) >= 0.0005 or share == 0.0 else f"{100 * abs(share):.2f}"
+    return f"{'+' if share > 0 else MINUS if share < 0 else ''}{size}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            amount = num_bytes / scale
+            return f"{amount:,.{2 if amount < 10 else 1 if amount < 100 else 0}f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def count(number: float) -> str:
+    for unit, scale in (("B", 1e9), ("M", 1e6)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return f"{number:,.0f}"
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _tone(change: Estimate | None, better: int) -> Tone:
+    if change is None or change.sd is None or not better or abs(change.mean) <= change.sd:
+        return ""
+    return "better" if change.mean * better > 0 else "worse"
+
+
+def _seeds(numbers: set[int]) -> str:
+    if numbers == {1}:
+        return "one seed"
+    return f"{' and '.join(str(number) for number in sorted(numbers))} seeds"
+
+
+def _why_no_gain(summary: Summary) -> str:
+    for name, missing in (("alone", "student alone"), ("distilled", "distilled student")):
+        if name not in summary.arms:
+            return f"This run has no {missing}, so it cannot say what distilling gained."
+    return "No seed was scored both alone and distilled, so the run cannot say what distilling gained."
+
+
+MEASURES = (
+    Measure(key="accuracy", title="Accuracy, %", write=_share, better=1),
+    Measure(
+        key="agreement",
+        title="Agreement, %",
+        write=_share,
+        better=1,
+        note="how often student and teacher choose the same class.",
+    ),
+    Measure(
+        key="kl_to_teacher",
+        title="KL to teacher, nats",
+        write="{:.3f}".format,
+        better=-1,
+        note="mean forward KL divergence from the teacher at temperature 1; less is closer.",
+    ),
+    Measure(
+        key="nll",
+        title="NLL, nats",
+        write="{:.3f}".format,
+        better=-1,
+        note="mean negative log-likelihood of the labels.",
+    ),
+    Measure(
+        key="ece",
+        title="ECE, %",
+        write=_share,
+        better=-1,
+        note="expected calibration error, the gap between confidence and accuracy in equal bins.",
+    ),
+    Measure(key="parameters", title="Parameters", write=count, better=0, repeats=False),
+    Measure(key="bytes", title="Size", write=size, better=0, repeats=False),
+    Measure(
+        key="latency_ms",
+        title="Latency, ms",
+        write=_milliseconds,
+        better=0,
+        note="median of one example on this machine.",
+    ),
+    Measure(key="seconds", title="Training, s", write=_seconds, better=0, note="seconds of training per seed."),
+)
