@@ -241,7 +241,7 @@ def test_how_often_it_saves_and_logs_may_change(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_leaves_the_checkpoints_before_and_no_draft(tmp_path: Path) -> None:
     asked = {**LONG, "steps": 6}
-    train(tmp_path, **{**asked})
+    train(tmp_path, **asked)
     for name in ("model.safetensors", "state.pt"):
         limit = (tmp_path / "checkpoints" / "step-00000006" / name).stat().st_size - 100
         out = tmp_path / name

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from potstill.core.catalog import part
 from potstill.core.errors import NotFiniteError, RecipeError
 from potstill.core.types import Batch, PerItem
 from potstill.objective import Objective, term
@@ -48,10 +50,15 @@ class Pictures:
         )
 
 
-def normed(*, seed: int = 0) -> nn.Sequential:
+def normed(*, seed: int = 0, width: int = 6) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+        return nn.Sequential(nn.Linear(8, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3))
+
+
+@part("loss", head="projector")
+def projected_error(student_feature: Tensor, teacher_feature: Tensor, /) -> PerItem:
+    return (student_feature - teacher_feature).square().mean(-1)
 
 
 def infinite_error(student_logits: Tensor, /) -> PerItem:
@@ -144,6 +151,31 @@ def test_only_the_named_part_is_trained_and_the_rest_stays_as_it_is(tmp_path: Pa
     moved = [name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)]
     # "1" is the batch norm: frozen, so its statistics stand still too.
     assert moved == ["3.weight", "3.bias"]
+
+
+def test_training_heads_move_and_are_saved(tmp_path: Path) -> None:
+    given = Offline(normed(), local(normed(seed=1, width=5)))
+    asked = Objective(term(label_error), term(projected_error, at=["0"]))
+    given.prepare(asked, Pictures().batch(0))
+    before = weights(given)
+    train(tmp_path, given, source=Pictures(), objective=asked)
+    heads = {name: tensor for name, tensor in weights(given).items() if name.startswith("heads.")}
+    saved = load_file(tmp_path / "checkpoints" / "step-00000003" / "model.safetensors")
+    assert heads
+    for name, tensor in heads.items():
+        assert not torch.equal(before[name], tensor)
+        assert torch.equal(saved[name], tensor)
+
+
+def test_heads_learn_also_where_a_part_of_the_student_is_named(tmp_path: Path) -> None:
+    given = Offline(normed(), local(normed(seed=1, width=5)))
+    asked = Objective(term(projected_error, at=["0"]))
+    given.prepare(asked, Pictures().batch(0))
+    before = weights(given)
+    train(tmp_path, given, source=Pictures(), objective=asked, train=["0"])
+    after = weights(given)
+    moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {"heads", "student"}
 
 
 def test_what_was_frozen_for_a_stage_learns_again_after_it(tmp_path: Path) -> None:

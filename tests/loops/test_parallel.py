@@ -1,4 +1,4 @@
-"""Two processes are one (laws A6, D26, D29): replicated and sharded (FSDP2) over gloo, against a run in this process."""
+"""Two processes are one (laws A6, D26, D29): replicated and sharded (FSDP2) over gloo, against one process."""
 
 from __future__ import annotations
 

@@ -212,6 +212,39 @@ def test_renyi_runs_into_forward_kl_at_order_one(g4: Pair, measure: Measure) -> 
     torch.testing.assert_close(near, at, atol=1e-4, rtol=0)
 
 
+NEAR_EQUALITY = [
+    (d.forward_kl, {}),
+    (d.reverse_kl, {}),
+    (d.jeffreys, {"weight": 0.9}),
+    (d.adaptive_kl, {}),
+    (d.jsd, {}),
+    (d.generalised_jsd, {"beta": 0.01, "normalise": True}),
+    (d.skew_kl, {}),
+    (d.skew_reverse_kl, {}),
+    (d.alpha_beta, {}),
+    (d.total_variation, {}),
+    (d.hellinger, {}),
+]
+
+
+@pytest.mark.parametrize(("loss", "knobs"), NEAR_EQUALITY, ids=title)
+def test_float32_keeps_two_digits_of_a_nearly_learnt_lesson(loss, knobs) -> None:
+    # KL is 5e-7 here. The plain sum p log(p/q) would be off by 5e-7 or more, as V makes the normalisers inexact.
+    generator = torch.Generator().manual_seed(1)
+    teacher, noise = 0.5 * torch.randn(2, 4, 32_000, generator=generator)
+    student = teacher + 2e-3 * noise
+    exact = loss(student.double(), teacher.double(), **knobs)
+    torch.testing.assert_close(loss(student, teacher, **knobs).double(), exact, rtol=0.01, atol=0)
+
+
+def test_renyi_is_right_within_rounding_near_equality() -> None:
+    generator = torch.Generator().manual_seed(1)
+    teacher, noise = 0.5 * torch.randn(2, 4, 32_000, generator=generator)
+    student = teacher + 2e-3 * noise
+    exact = d.renyi(student.double(), teacher.double())
+    torch.testing.assert_close(d.renyi(student, teacher).double(), exact, rtol=0, atol=6e-7)
+
+
 def test_bounded_divergences_take_no_t_squared(g4: Pair) -> None:
     student, teacher = g4
     for loss in (d.total_variation, d.hellinger):

@@ -135,7 +135,9 @@ def vid_alpha() -> Tensor:
 def test_vid_at_its_mean_is_half_the_log_variance() -> None:
     teacher = drawn(2, 3, 4, 4)
     variance = F.softplus(vid_alpha()).expand(3) + 1e-5
-    torch.testing.assert_close(f.vid(teacher, variance, teacher), torch.full((2,), 0.804719).double(), atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        f.vid(teacher, variance, teacher), torch.full((2,), 0.804719).double(), atol=2e-6, rtol=0
+    )
 
 
 def test_vid_is_the_gaussian_log_likelihood_without_its_constant() -> None:

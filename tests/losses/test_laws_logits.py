@@ -101,12 +101,15 @@ def test_a_loss_that_says_it_is_above_zero_at_equality_is(loss: Loss) -> None:
     assert apply(loss, student, student.detach().clone()).mean() > 1e-3
 
 
-@pytest.mark.parametrize("noise", [0.0, 1e-3, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "noise"),
+    [(torch.float32, 0.0), (torch.float32, 1e-3), (torch.bfloat16, 1e-2), (torch.float16, 1.0)],
+    ids=str,
+)
 @held_to(LOSSES)
 def test_no_loss_is_negative_over_a_quarter_million_classes(loss: Loss, dtype: torch.dtype, noise: float) -> None:
-    student, teacher = pair(2, 250_000)
-    student = teacher + noise * student.detach()
+    noise_law, teacher = pair(2, 250_000, scale=0.5)
+    student = teacher + noise * noise_law.detach()
     values = apply(loss, student.to(dtype), teacher.to(dtype))
     assert values.dtype == torch.float32
     assert values.min() >= -1e-6

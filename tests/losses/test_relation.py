@@ -37,9 +37,7 @@ def relative_distances(vectors: Tensor) -> Tensor:
     return distances / distances[distances > 0].mean()
 
 
-@pytest.mark.parametrize(
-    ("loss", "golden"), [(r.rkd_distance, 0.018484), (r.rkd_angle, 0.003801), (r.rkd, 0.652173)]
-)
+@pytest.mark.parametrize(("loss", "golden"), [(r.rkd_distance, 0.018484), (r.rkd_angle, 0.003801), (r.rkd, 0.652173)])
 def test_the_mean_of_rkd_meets_the_published_value(loss: Loss, golden: float) -> None:
     assert loss(TRIANGLE_S, TRIANGLE_T).mean().item() == pytest.approx(golden, abs=4e-6)
 

@@ -115,7 +115,7 @@ def test_dkd_with_the_teacher_share_as_beta_is_kd(mirrored: Pair, measure: Measu
 
 def test_the_rest_of_dkd_does_not_see_the_label_logit(mirrored: Pair) -> None:
     student, teacher = mirrored
-    raised = student + torch.tensor([5.0, 0, 0])
+    raised = student + torch.tensor([50_000.0, 0, 0])
     before, after = (r.dkd(z, teacher, torch.tensor([0]), alpha=0.0) for z in (student, raised))
     torch.testing.assert_close(before, after)
 
@@ -196,6 +196,13 @@ def test_classes_banned_on_both_sides_leave_logit_statistics_alone(loss, g4: Pai
     alone, alone_gradient = measure(loss, student, teacher)
     torch.testing.assert_close(values, alone)
     torch.testing.assert_close(gradient, torch.cat((alone_gradient, torch.zeros(3).double())))
+
+
+def test_logits_without_a_class_in_common_differ_by_nothing(measure: Measure) -> None:
+    for loss in (r.logit_mse, r.centred_logit_mse):
+        values, gradient = measure(loss, [[1.0, -math.inf]], [[-math.inf, 1.0]])
+        assert values.item() == 0.0
+        assert not gradient.any()
 
 
 def test_binary_kd_meets_the_published_sum_and_gradient(mirrored: Pair, measure: Measure) -> None:

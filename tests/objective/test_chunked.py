@@ -65,7 +65,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
 
         def counting(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             ran.append(rows)
-            return original(*args, **{**kwargs, "chunk_rows": rows})
+            return original(*args, **{**kwargs, "sizes": chunked.Sizes(chunk=rows, strip=max(rows // 2, 1))})
 
         monkeypatch.setattr(chunked, "fused_sum", counting)
         return ran
@@ -201,10 +201,12 @@ def test_accumulating_in_bfloat16_would_have_been_seen() -> None:
     assert (naive - exact).norm() / exact.norm() > 0.05
 
 
-def test_the_chunk_follows_the_budget() -> None:
-    assert chunked.rows_for(32_000, budget_bytes=160 * 2**20) == 128
-    assert chunked.rows_for(10, budget_bytes=2**20) == 2048
-    assert chunked.rows_for(10**6, budget_bytes=1) == 16
+def test_the_chunk_follows_the_budget_and_the_strip_the_cache() -> None:
+    on_cpu = chunked.sizes_for(32_000, device="cpu", budget_bytes=64 * 2**20)
+    assert (on_cpu.chunk, on_cpu.strip) == (256, 16)
+    on_gpu = chunked.sizes_for(128_000, device="cuda", budget_bytes=2**30)
+    assert (on_gpu.chunk, on_gpu.strip) == (128, 128)
+    assert chunked.sizes_for(10**6, device="cpu", budget_bytes=1).chunk == 16
 
 
 PEAK = """
@@ -221,10 +223,11 @@ student = Projection(hidden=hidden, weight=weight)
 if path == "dense":
     student = Dense(logits=hidden @ weight.T)
 def resident(field):
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-objective = Objective(term("forward_kl"), chunk_bytes=40 * 2**20)
+objective = Objective(term("forward_kl"), chunk_bytes=16 * 2**20)
 objective(Lesson(student=Signal(logits=student), teacher=Signal(logits=teacher)), batch).backward()
 print((resident("VmHWM") - before) / 1024)
 """

@@ -55,13 +55,12 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, on the tensor's own device."""
+        """The sum over all ranks. It stays on this rank's device: taking it back would wait for all work there."""
         if self.world == 1:
             return tensor
-        # A copy, because NCCL reduces in place and only what lies on an accelerator.
         here = tensor.detach().to(self.device, copy=True)
         dist.all_reduce(here)
-        return here.to(tensor.device)
+        return here
 
     def from_main(self, action: Callable[[], T]) -> T:
         """What `action` gives on the main process, on every process; so is a PotstillError that it raises."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -178,10 +179,8 @@ class Training:
         if all(map(math.isfinite, (loss, *terms))):
             return
         bad = [label for label, value in zip(self.objective.labels, terms, strict=True) if not math.isfinite(value)]
-        first = step + 2 - int(num_steps)
-        when = f"step {step + 1}" if first == step + 1 else f"steps {first} to {step + 1}"
-        if self.ranks.device.type == "cpu":
-            when = f"step {step + 1}"
+        unseen = 1 if self.ranks.device.type == "cpu" else int(num_steps)
+        when = f"step {step + 1}" if unseen == 1 else f"steps {step + 2 - unseen} to {step + 1}"
         raise NotFiniteError(
             f"The loss became {loss} in {when}, at lr {lr:g}: {', '.join(bad) or 'the weighted sum'}. Lower lr, set "
             "clip=1.0, or look for broken values in the data; checkpoints from before are intact."
@@ -260,9 +259,9 @@ def seed_streams(*words: int) -> None:
 
     So none has to be saved, and nothing that others draw between two steps is felt.
     """
-    import numpy as np
-
     digest = int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "big")
-    torch.manual_seed(digest >> 1)
+    # Without an accelerator torch.manual_seed formats a stack trace for each kind there might be: half a millisecond.
+    seed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    seed(digest >> 1)
     np.random.seed(digest % 2**32)
     random.seed(digest)

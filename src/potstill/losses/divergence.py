@@ -11,8 +11,6 @@ autograd would walk the vocabulary twice more. In them, `slope` is d value / d(l
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -34,7 +32,7 @@ from potstill.losses.logits import (
 def forward_kl(
     student_logits: Tensor, teacher_logits: Tensor, /, *, temperature: float = 1.0, scale_by_t2: bool = True
 ) -> PerItem:
-    """KL(p || q) = sum p log(p/q), times temperature squared (eq. 1 to 4). Covers all the teacher allows."""
+    """KL(p || q) = sum p log(p/q), times temperature squared. Covers all the teacher allows."""
     with torch.no_grad():
         log_q = log_probs(student_logits, temperature)
         log_p = teacher_log_probs(teacher_logits, temperature)
@@ -141,10 +139,11 @@ def generalised_jsd(
     with torch.no_grad():
         log_q = log_probs(student_logits, temperature)
         log_p = teacher_log_probs(teacher_logits, temperature)
-        log_m = _log_mixture(log_p, log_q, beta)
-        p, q = log_p.exp(), log_q.exp()
-        teacher_side = log_p.sub_(log_m).mul_(p).sum(-1)
-        student_side, slope = _against_student(q, log_q.sub_(log_m))
+        gap = log_p - log_q
+        student_gap = _log_over_mixture(gap, beta)  # log q/m
+        p, q = log_p.exp_(), log_q.exp_()
+        teacher_side = gap.add_(student_gap).mul_(p).sum(-1)
+        student_side, slope = _against_student(q, student_gap)
         scale = 1.0 / (beta * (1.0 - beta)) if normalise else 1.0
         value = scale * (beta * teacher_side + (1.0 - beta) * student_side)
         slope.mul_(scale * (1.0 - beta))
@@ -168,7 +167,7 @@ def skew_kl(
     with torch.no_grad():
         log_q = log_probs(student_logits, temperature)
         log_p = teacher_log_probs(teacher_logits, temperature)
-        gap = log_p - _log_mixture(log_p, log_q, alpha)
+        gap = _log_over_mixture(log_q - log_p, 1.0 - alpha)  # log p/m
         p, q = log_p.exp_(), log_q.exp_()
         share = gap.exp().mul_(q)  # q p/m
         value = gap.mul_(p).sum(-1) + (1.0 - alpha) * p.neg_().add_(q).sum(-1)
@@ -198,7 +197,7 @@ def skew_reverse_kl(
     with torch.no_grad():
         log_q = log_probs(student_logits, temperature)
         log_p = teacher_log_probs(teacher_logits, temperature, impossible=ALL_BUT_IMPOSSIBLE)
-        gap = log_q - _log_mixture(log_p, log_q, 1.0 - alpha)
+        gap = _log_over_mixture(log_p - log_q, 1.0 - alpha)  # log q/m
         q = log_q.exp_()
         excess = log_p.exp_().sub_(q).sum(-1)
         through_mixture = None if detach_mixture else gap.exp().mul_(q)  # q q/m
@@ -219,7 +218,7 @@ def alpha_beta(
     beta: float = 0.7,
     temperature: float = 1.0,
 ) -> PerItem:
-    """-1/(alpha beta) sum[p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], a = alpha, b = beta (ABKD, eq. 6).
+    """-1/(alpha beta) sum[p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], a = alpha, b = beta (ABKD).
 
     Continuous in both knobs, with the limits at alpha, beta or alpha + beta = 0: (1, 0) is forward KL, (0, 1)
     reverse KL, (1, 1) half the squared distance, (0.5, 0.5) four squared Hellinger distances, (0, 0) half the
@@ -258,10 +257,9 @@ def renyi(
         return forward_kl(student_logits, teacher_logits, temperature=temperature, scale_by_t2=False)
     log_q = log_probs(student_logits, temperature)
     log_p = teacher_log_probs(teacher_logits, temperature)
-    # Written around log p, so that equal inputs give exactly 0; the masses are 1 up to rounding.
-    mass_p, mass_q = torch.logsumexp(log_p, -1), torch.logsumexp(log_q.detach(), -1)
-    moment = torch.logsumexp(log_p + (order - 1.0) * (log_p - log_q), -1)
-    return (moment - mass_p) / (order - 1.0) + (mass_q - mass_p)
+    with torch.no_grad():
+        excess = (log_q.exp() - log_p.exp()).sum(-1)  # 0 up to rounding, as in forward_kl
+    return _log_mean_exp(log_p, (order - 1.0) * (log_p - log_q)) / (order - 1.0) + excess
 
 
 @part("loss", paper="Cui et al. 2024", distribution=True, zero_at_equality=False, min_examples=2)
@@ -336,10 +334,25 @@ def _head_share(p: Tensor, gap: Tensor, mu: float) -> Tensor:
     return torch.where(total > 0, (gap * in_head).sum(-1) / total, 0.5)
 
 
-def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    """log(share p + (1 - share) q), 0 < share < 1, without leaving log space; a fresh tensor."""
-    log_rest = math.log1p(-share)
-    return torch.logaddexp(log_p + (math.log(share) - log_rest), log_q).add_(log_rest)
+def _log_over_mixture(gap: Tensor, share: float) -> Tensor:
+    """log(base/m), m = share other + (1 - share) base, 0 < share < 1, from gap = log(other/base). A fresh tensor.
+
+    Against the difference of two logarithms this keeps every digit near equality. `gap` is capped in place where
+    other is e^80 times base: base has no mass there, exp must not overflow, and gap + log(base/m), which is
+    log(other/m), has reached its limit.
+    """
+    return gap.clamp_(max=80.0).expm1().mul_(share).log1p_().neg_()
+
+
+def _log_mean_exp(log_weights: Tensor, gain: Tensor) -> Tensor:
+    """log of the mean of exp(gain) under exp(log_weights): [..., V], [..., V] -> [...].
+
+    A ratio of two sums, each relative to its own largest summand: no overflow, and exactly 0 without gain.
+    """
+    raised = log_weights + gain
+    base_peak, peak = (logs.detach().amax(-1, keepdim=True) for logs in (log_weights, raised))
+    ratio = (raised - peak).exp().sum(-1) / (log_weights - base_peak).exp().sum(-1)
+    return ratio.log() + (peak - base_peak).squeeze(-1)
 
 
 def _alpha_beta_side(log_base: Tensor, gap: Tensor, alpha: float, beta: float) -> Tensor:

@@ -36,7 +36,8 @@ def rkd(
     return distance * by_distance + angle * rkd_angle(student_feature, teacher_feature)
 
 
-@part("loss", paper="Park et al. 2019", min_examples=2)
+# Two examples have one distance, which over its own mean is always 1: the least batch with a lesson is three.
+@part("loss", paper="Park et al. 2019", min_examples=3)
 def rkd_distance(student_feature: Tensor, teacher_feature: Tensor, /) -> PerExample:
     """Huber loss between distances over their mean (RKD-D): [B, ...], [B, ...] -> [B].
 

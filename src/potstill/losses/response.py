@@ -77,7 +77,7 @@ def dkd(
     alpha: float = 1.0,
     beta: float = 8.0,
 ) -> PerItem:
-    """T^2 (alpha TCKD + beta NCKD): label against the rest, and the rest among itself (DKD, eq. 7). -> [...]
+    """T^2 (alpha TCKD + beta NCKD): label against the rest, and the rest among itself (DKD). -> [...]
 
     KL(p || q) = TCKD + (1 - p_label) NCKD, so alpha = beta = 1 is not plain KD.
     """
@@ -98,7 +98,7 @@ def dist(
     inter: float = 1.0,
     intra: float = 1.0,
 ) -> PerExample:
-    """T^2 (inter (1 - corr over classes) + intra (1 - mean corr over examples)) of probabilities (DIST, eq. 10).
+    """T^2 (inter (1 - corr over classes) + intra (1 - mean corr over examples)) of probabilities (DIST).
 
     [B, C] -> [B]: each example has its own inter part; the intra part belongs to the batch and is shared, so
     the mean is the published scalar.
@@ -112,7 +112,7 @@ def dist(
 
 @part("loss", paper="Sun et al. 2024")
 def lskd(student_logits: Tensor, teacher_logits: Tensor, /, *, temperature: float = 2.0, ddof: int = 1) -> PerItem:
-    """T^2 KL(p || q) of logits standardised per row (logit standardisation, eq. 11): [..., C] -> [...].
+    """T^2 KL(p || q) of logits standardised per row (logit standardisation): [..., C] -> [...].
 
     ddof 1 divides by C - 1 as the published code does, 0 by C as the paper writes.
     """

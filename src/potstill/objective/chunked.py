@@ -3,11 +3,14 @@
 Any sum of pointwise losses is fused: for each chunk of rows both heads are applied, the losses are computed, and the
 gradient is taken AT FORWARD TIME. Counts and weights are known by then, so the gradient is final up to the incoming
 scalar. Four head products in all, as in the dense computation; memory O(chunk x V), whatever the number of rows.
+
+A chunk is large, because its matrix products must be; on a CPU the losses then walk through it in strips that fit the
+cache, and each strip's gradient takes the place of its logits. A chunk so holds two buffers of [chunk, V], not nine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,23 +18,38 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from potstill.core.types import Projection
-from potstill.objective.representations import head_product
+from potstill.core.types import Dense, Logits, Projection
+from potstill.objective.representations import dense, head_product, rows
 
-Pointwise: TypeAlias = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""(student logits [C, V], which rows they are) -> (their share of the loss [], shares for the log [num_terms])."""
+Pointwise: TypeAlias = Callable[[Tensor, Logits | None, slice], tuple[Tensor, Tensor]]
+"""(student logits [C, V], the teacher there, which rows they are) -> (share of the loss [], of each term [terms])."""
 
-LIVE_BUFFERS = 9
-"""Buffers of [chunk, V] alive at the peak of one chunk (METHODS_LLM B14)."""
+CHUNK_BUFFERS = {"cpu": 2, "cuda": 9}
+"""Buffers of [chunk, V] alive at the peak: with strips the two products, without them the losses' own as well."""
 
-
-def rows_for(num_classes: int, *, budget_bytes: int) -> int:
-    """How many rows a chunk may have for its float32 buffers to stay within a budget: a power of two, at least 16."""
-    affordable = budget_bytes // (4 * LIVE_BUFFERS * max(num_classes, 1))
-    return int(max(16, 1 << max(int(affordable).bit_length() - 1, 0)))
+STRIP_BYTES = 2 * 2**20
+"""What one [strip, V] buffer may take: about a core's share of cache."""
 
 
-def fused_sum(student: Projection, pointwise: Pointwise, *, chunk_rows: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How many rows go through the heads at once, and how many of these through the losses at once."""
+
+    chunk: int
+    strip: int
+
+
+def sizes_for(num_classes: int, *, device: str, budget_bytes: int) -> Sizes:
+    """Chunks whose float32 buffers stay within a budget: a power of two of rows, at least 16."""
+    row_bytes = 4 * max(num_classes, 1)
+    affordable = budget_bytes // (CHUNK_BUFFERS.get(device, CHUNK_BUFFERS["cuda"]) * row_bytes)
+    chunk = max(16, _power_of_two(affordable))
+    return Sizes(chunk=chunk, strip=min(chunk, _power_of_two(STRIP_BYTES // row_bytes)) if device == "cpu" else chunk)
+
+
+def fused_sum(
+    student: Projection, teacher: Logits | None, pointwise: Pointwise, *, sizes: Sizes
+) -> tuple[Tensor, Tensor]:
     """Sum a pointwise loss over the rows of a head: hidden [N, H] -> (loss [], shares [num_terms]).
 
     `pointwise` must include weights and divisors. The gradient reaches hidden, weight and bias as far as they ask for
@@ -39,7 +57,7 @@ def fused_sum(student: Projection, pointwise: Pointwise, *, chunk_rows: int) -> 
     """
     tensors = (student.hidden, student.weight, student.bias)
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-    work = _Work(student=student, pointwise=pointwise, chunk_rows=chunk_rows, wanted=wanted)
+    work = _Work(student=student, teacher=teacher, pointwise=pointwise, sizes=sizes, wanted=wanted)
     total, shares = _Fused.apply(*tensors, work)  # type: ignore[no-untyped-call]
     return total, shares
 
@@ -47,8 +65,9 @@ def fused_sum(student: Projection, pointwise: Pointwise, *, chunk_rows: int) -> 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
     student: Projection
+    teacher: Logits | None
     pointwise: Pointwise
-    chunk_rows: int
+    sizes: Sizes
     wanted: tuple[bool, ...]
     """Whether the gradient of hidden, weight and bias is asked for."""
 
@@ -82,29 +101,54 @@ def _run(
     d_bias = None if bias is None or not wants_bias else torch.zeros(bias.shape, dtype=exact, device=bias.device)
     total: Tensor = torch.zeros((), dtype=exact, device=hidden.device)
     shares: Tensor = torch.zeros((), dtype=exact, device=hidden.device)
-    # With no rows at all one empty chunk still runs, so that the shares have their shape.
-    for start in range(0, max(hidden.shape[0], 1), work.chunk_rows):
-        which = slice(start, start + work.chunk_rows)
+    for which in _slices(hidden.shape[0], work.sizes.chunk):
         raw = head_product(hidden[which], head, bias)
-        if not any(work.wanted):
-            share, seen = work.pointwise(work.student.finish(raw), which)
-        else:
-            with torch.enable_grad():
-                share, seen = work.pointwise(work.student.finish(raw.requires_grad_()), which)
-                (d_raw,) = torch.autograd.grad(share, raw)
-            if d_hidden is not None:
-                d_hidden[which] = _product(d_raw, head)
-            if d_weight is not None:
-                d_weight.addmm_(d_raw.t(), hidden[which].to(exact))
-            if d_bias is not None:
-                d_bias.add_(d_raw.sum(dim=0))
-            del d_raw
-        total, shares = total + share.detach(), shares + seen
-        del raw, share
+        said = _applied(work.teacher, which)
+        for strip in _slices(raw.shape[0], work.sizes.strip):
+            share, seen = _strip(work, raw[strip], None if said is None else rows(said, strip), _within(which, strip))
+            total, shares = total + share, shares + seen
+        # raw now holds the gradient with respect to itself.
+        if d_hidden is not None:
+            d_hidden[which] = raw @ head if head.dtype == exact else raw.to(head.dtype) @ head
+        if d_weight is not None:
+            d_weight.addmm_(raw.t(), hidden[which].to(exact))
+        if d_bias is not None:
+            d_bias.add_(raw.sum(dim=0))
+        del raw, said
     d_weight = None if d_weight is None else d_weight.to(weight.dtype)
     d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
     return total, shares, (d_hidden, d_weight, d_bias)
 
 
-def _product(d_raw: Tensor, head: Tensor) -> Tensor:
-    return d_raw @ head if head.dtype == d_raw.dtype else d_raw.to(head.dtype) @ head
+def _strip(work: _Work, raw: Tensor, teacher: Logits | None, which: slice) -> tuple[Tensor, Tensor]:
+    """Loss of one strip; where gradients are asked for, the logits are overwritten by theirs."""
+    if not any(work.wanted):
+        return work.pointwise(work.student.finish(raw), teacher, which)
+    logits = raw.detach().requires_grad_()
+    with torch.enable_grad():
+        share, seen = work.pointwise(work.student.finish(logits), teacher, which)
+        (gradient,) = torch.autograd.grad(share, logits)
+    raw.copy_(gradient)
+    return share.detach(), seen
+
+
+def _applied(teacher: Logits | None, which: slice) -> Logits | None:
+    """The teacher at some rows, its head applied: all strips of a chunk share one product."""
+    if teacher is None:
+        return None
+    part = rows(teacher, which)
+    return Dense(logits=dense(part)) if isinstance(part, Projection) else part
+
+
+def _slices(num_rows: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of `size` rows; one empty slice of nothing, so that results keep their shape."""
+    return (slice(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size))
+
+
+def _within(chunk: slice, strip: slice) -> slice:
+    return slice(chunk.start + strip.start, chunk.start + strip.stop)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest power of two up to `number`, at least 1."""
+    return int(1 << max(int(number).bit_length() - 1, 0))

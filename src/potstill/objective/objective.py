@@ -51,7 +51,7 @@ class Objective:
     `compiled` runs the losses inside a chunk through torch.compile.
     """
 
-    def __init__(self, *terms: Term, chunk_bytes: int = 160 * 2**20, compiled: bool = False) -> None:
+    def __init__(self, *terms: Term, chunk_bytes: int = 64 * 2**20, compiled: bool = False) -> None:
         self.terms = tuple(term for term in terms if callable(term.weight) or term.weight != 0.0)
         if not self.terms:
             raise RecipeError("objective: no term with a weight other than 0, so there is nothing to learn.")
@@ -139,8 +139,7 @@ class Objective:
         named = {index: self._named(index, batch, keep) for index in fused}
         assert isinstance(chosen, Projection)
 
-        def pointwise(logits: Tensor, which: slice) -> tuple[Tensor, Tensor]:
-            said = None if teacher is None else rows(teacher, which)
+        def pointwise(logits: Tensor, said: Logits | None, which: slice) -> tuple[Tensor, Tensor]:
             shares = []
             for index, mask in zip(fused, per_term, strict=True):
                 part = {name: tensor[which] for name, tensor in named[index].items()}
@@ -155,8 +154,9 @@ class Objective:
             weighted = sum(weights[index] * stacked[position] for position, index in enumerate(fused))
             return torch.as_tensor(weighted), stacked.detach()
 
-        chunk_rows = chunked.rows_for(width(student), budget_bytes=self.chunk_bytes)
-        return chunked.fused_sum(chosen, pointwise, chunk_rows=chunk_rows)
+        device = student.hidden.device.type
+        sizes = chunked.sizes_for(width(student), device=device, budget_bytes=self.chunk_bytes)
+        return chunked.fused_sum(chosen, teacher, pointwise, sizes=sizes)
 
     def _pointwise(self, index: int, student: Tensor, teacher: Logits | None, named: dict[str, Tensor]) -> Tensor:
         term = self.terms[index]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from potstill.core.errors import unknown
+from potstill.core.errors import UserError, unknown
 from potstill.recipe.building import TEACHER_SEED, freeze, make_model, make_teacher, read_data, teaching
 from potstill.recipe.calls import Call
 from potstill.recipe.sections import Recipe
@@ -68,7 +68,10 @@ def _rehearse(
         model = make_model(call, data, seed=seed)
         _choose_parts(model, stage)
         scheme, batch = scheme_of(model), data.train.batch(0)
-        said = scheme.prepare(stage.objective, batch)
+        try:
+            said = scheme.prepare(stage.objective, batch)
+        except UserError as error:
+            raise type(error)(f"{stage.place}objective: {error}") from error
         rows = (("steps", f"{stage.steps:,}"), *said.rows(), *_memory_rows(scheme, stage, batch))
         told.append((arm if len(stages) == 1 else f"{arm}, stage {number}", rows))
     return told

@@ -93,6 +93,8 @@ def export(path: Path, destination: Path) -> Path:
 
 def _claim(folder: RunFolder, recipe: Recipe, command: str) -> None:
     """Make the folder this recipe's own. Raises RecipeError where it is another's."""
+    for draft in folder.path.rglob(".*.draft-*"):
+        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
     if folder.recipe.exists():
         found = text.first_difference(text.read_file(folder.recipe), dict(recipe.resolved))
         if found:
@@ -101,11 +103,13 @@ def _claim(folder: RunFolder, recipe: Recipe, command: str) -> None:
                 f"{folder.path} holds a run with {key} {text.shortly(here)}, this one says {text.shortly(there)}. "
                 "Choose another --out, or delete the folder."
             )
-        return
-    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+    elif folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
         raise RecipeError(f"{folder.path} is there already and holds no run. Choose another --out.")
-    write_json(folder.environment, environment(command))
-    write_text(folder.recipe, text.write(recipe.resolved))
+    else:
+        # First of all files: it is what makes the folder this run's.
+        write_text(folder.recipe, text.write(recipe.resolved))
+    if not folder.environment.exists():
+        write_json(folder.environment, environment(command))
 
 
 def _carry_out(recipe: Recipe, folder: RunFolder, ranks: Ranks, command: str) -> None:

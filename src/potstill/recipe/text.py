@@ -201,6 +201,10 @@ class _Dumper(yaml.SafeDumper):
     def represent_float_plainly(self, value: float) -> yaml.Node:
         return self.represent_scalar("tag:yaml.org,2002:float", _float_text(value))
 
+    def represent_text(self, value: str) -> yaml.Node:
+        # Within quotes every odd character is escaped; without, PyYAML takes some of them for line ends.
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
     def represent_short_list(self, value: list[Tree]) -> yaml.Node:
         plain = not any(isinstance(entry, dict | list) for entry in value)
         return self.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=plain)
@@ -213,6 +217,7 @@ def _float_text(value: float) -> str:
 
 
 _Dumper.add_representer(float, _Dumper.represent_float_plainly)
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_representer(list, _Dumper.represent_short_list)
 # The core schema of YAML 1.2, for reading and (so that text stays text) for quoting.
 for _tag, _pattern, _first in (
