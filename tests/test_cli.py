@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -71,7 +71,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_every_command_has_a_line_of_help() -> None:
-    assert [command.callback.__name__ for command in app.registered_commands if not command.callback.__doc__] == []
+    callbacks = [command.callback for command in app.registered_commands]
+    assert len(callbacks) == 9
+    assert all(callback is not None and callback.__doc__ for callback in callbacks)
 
 
 def test_a_run_ends_with_its_table_and_where_the_report_is(file: Path, finished: Path) -> None:
@@ -120,16 +122,14 @@ def test_killed_and_run_again_gives_the_scores_of_an_uninterrupted_run(
 def test_stopped_by_hand_it_says_how_to_continue(file: Path, tmp_path: Path) -> None:
     process = started("run", str(file), "fit.steps=100000", "--out", str(tmp_path / "stopped"))
     journal = tmp_path / "stopped" / "alone-seed0" / "metrics.jsonl"
-    _wait_for(lambda: journal.exists(), process)
+    _wait_for(journal.exists, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.strip().splitlines()[-1] == "stopped; run the same command to continue"
 
 
-def test_check_trains_nothing_and_writes_nothing(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_trains_nothing_and_writes_nothing(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, output, _ = potstill("check", str(file))
     assert code == 0
@@ -208,8 +208,7 @@ def test_the_traceback_is_shown_to_who_asks_for_it(monkeypatch: pytest.MonkeyPat
     assert type(done.exception).__name__ == "RecipeError"
 
 
-def _wait_for(happened: object, process: subprocess.Popen[str]) -> None:
-    assert callable(happened)
+def _wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + 120
     while not happened():
         assert process.poll() is None, process.communicate()[1]

@@ -117,7 +117,9 @@ def test_an_override_reaches_into_lists_and_leaves_the_rest() -> None:
     assert old["objective"] == [{"use": "kd"}, {"use": "sp", "weight": 1}]
 
 
-@pytest.mark.parametrize("change", ["objective.5.weight=1", "objective.kd.weight=1", "fit.steps.more=1", "fit.steps", "=1"])
+@pytest.mark.parametrize(
+    "change", ["objective.5.weight=1", "objective.kd.weight=1", "fit.steps.more=1", "fit.steps", "=1"]
+)
 def test_an_override_of_a_place_that_cannot_be_is_refused(change: str, images: Path) -> None:
     with pytest.raises(RecipeError, match="override"):
         tiny.recipe(images, change)
@@ -293,7 +295,12 @@ def test_stages_train_what_they_name_and_start_from_the_one_before(images: Path,
     recipe = build(words.override(content, [f"stages={stages}"]))
     folder = run(recipe, tmp_path / "stages").path
     lines = list(read_lines(folder / "distilled-seed0" / "metrics.jsonl"))
-    assert [(line["stage"], line["step"]) for line in lines] == [*((0, n) for n in (1, 2, 3, 4)), (1, 1), (1, 2), (1, 3)]
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        *((0, n) for n in (1, 2, 3, 4)),
+        (1, 1),
+        (1, 2),
+        (1, 3),
+    ]
     assert len(list(read_lines(folder / "alone-seed0" / "metrics.jsonl"))) > 0
     assert recipe.alone is not None
     assert recipe.alone.stages[0].steps == 7

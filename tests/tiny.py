@@ -19,13 +19,12 @@ CLASSES = 3
 def write_images(path: Path, *, num_train: int = 48, num_test: int = 24) -> Path:
     """An .npz file of 4 x 4 images: each class has a bright row of its own, under noise."""
     random = np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", num_train), ("test", num_test)):
-        labels = np.arange(count) % CLASSES
-        images = random.integers(0, 160, (count, SIDE, SIDE))
-        images[np.arange(count), labels] += 60
-        arrays[f"x_{part}"], arrays[f"y_{part}"] = images.astype(np.uint8), labels
-    np.savez(path, **arrays)
+    labels = np.arange(num_train + num_test) % CLASSES
+    images = random.integers(0, 160, (len(labels), SIDE, SIDE))
+    images[np.arange(len(labels)), labels] += 60
+    x_train, x_test = np.split(images.astype(np.uint8), [num_train])
+    y_train, y_test = np.split(labels, [num_train])
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     return path
 
 

@@ -84,7 +84,7 @@ def run(
     from potstill.report import Summary, table
 
     done = recipe.run(recipe.load(name, changes or ()), out, command=_command())
-    if done is None:
+    if not recipe.is_main():
         return
     told = table(Summary.read(done.path))
     _print(told.columns, ([row.title, *row.cells] for row in told.rows))
@@ -97,9 +97,9 @@ def check(name: Name, changes: Changes = None) -> None:
     """Everything a run would refuse, and its plan: shapes, heads, parameters, memory, first losses. Trains nothing."""
     from potstill import recipe
 
-    for title, columns, rows in recipe.plan(recipe.load(name, changes or ())).tables():
+    for title, rows in recipe.plan(recipe.load(name, changes or ())).parts:
         typer.echo(title)
-        _print(columns, rows)
+        _print(("what", "value"), rows)
         typer.echo()
     typer.echo("ok: nothing was trained.")
 
@@ -202,4 +202,5 @@ def _print(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     drawn = Table(*columns)
     for row in rows:
         drawn.add_row(*row)
-    Console().print(drawn)
+    # Shapes and docstrings are full of brackets, which are no markup here.
+    Console(markup=False, highlight=False).print(drawn)

@@ -249,3 +249,10 @@ def test_cka_keeps_its_value_at_any_scale_of_float32(scale: float) -> None:
 
 def test_cka_of_two_examples_says_nothing() -> None:
     assert f.cka(drawn(2, 5), drawn(2, 5, seed=4)).abs().max() < 1e-12
+
+
+def test_cka_of_identical_examples_moves_nothing() -> None:
+    # Centred by way of the mean alone, rounding would look like features and have an enormous slope.
+    copies = drawn(1, 60).float().expand(7, 60).clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(f.cka(copies, drawn(7, 60, seed=4).float()).sum(), copies)
+    assert not gradient.any()

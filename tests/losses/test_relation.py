@@ -224,6 +224,12 @@ def test_pkt_of_opposite_examples_is_finite_and_right() -> None:
     assert torch.autograd.grad(values.sum(), student)[0].isfinite().all()
 
 
+def test_pkt_survives_cosines_that_rounding_takes_below_minus_one() -> None:
+    for seed in range(50):
+        one = drawn(1, 64, seed=seed).float()
+        assert r.pkt(torch.cat((one, -one)), drawn(2, 3).float()).isfinite().all()
+
+
 def test_the_flow_meets_the_published_gram_matrix() -> None:
     # Against layers of zeros the loss is the squared Frobenius norm of G = [[.75, 1.25], [.75, .75]].
     nothing = torch.zeros(1, 2, 2, 2).double()

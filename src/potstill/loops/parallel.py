@@ -1,7 +1,7 @@
 """The processes of a run: which device, what they tell each other, and how parameters are spread over them.
 
-Every rank backpropagates world x its share of the loss and gradients are averaged (METHODS_LLM P7), so the sum over
-ranks is what one process would have computed. Nothing here knows what is trained.
+Every rank backpropagates world x its share of the loss, and DistributedDataParallel or FSDP2 average the gradients
+(METHODS_LLM P7), so the sum over ranks is what one process would have computed. Nothing here knows what is trained.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from potstill.core.errors import PotstillError
 
@@ -86,26 +87,14 @@ class Ranks:
             dist.broadcast(flat, src=0)
             _spread(flat, bucket)
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The mean over ranks of every gradient that FSDP has not reduced already: once per optimizer step.
-
-        Not DistributedDataParallel: it stops where a parameter got no gradient, as in a stage that compares early
-        layers only, and reduces once per lesson instead of once per step. A parameter that got none on any rank
-        keeps none, as in one process.
-        """
-        loose = [p for p in parameters if not is_sharded(p)]
-        if self.world == 1 or not loose:
-            return
-        touched = self.sum(torch.tensor([float(p.grad is not None) for p in loose])).tolist()
-        gradients = []
-        for parameter, on_ranks in zip(loose, touched, strict=True):
-            if on_ranks:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                gradients.append(parameter.grad)
-        for bucket in _buckets(gradients):
-            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+    def average_scalars(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The mean over ranks of the gradients of parameters without dimensions, which FSDP does not take."""
+        scalars = [p for p in parameters if p.ndim == 0 and p.grad is not None]
+        if self.world > 1 and scalars:
+            gradients = [p.grad for p in scalars if p.grad is not None]
+            flat = torch.stack(gradients)
             dist.all_reduce(flat)
-            _spread(flat.div_(self.world), bucket)
+            _spread(flat.div_(self.world), gradients)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
@@ -139,7 +128,7 @@ def shard(module: nn.Module, ranks: Ranks) -> nn.Module:
 
     sharded = copy.deepcopy(module)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    # FSDP does not take parameters without dimensions; average_gradients looks after them.
+    # FSDP does not take parameters without dimensions; average_scalars looks after them.
     scalars = {parameter for parameter in sharded.parameters() if parameter.ndim == 0}
     for scalar in scalars:
         scalar.data = scalar.data.to(ranks.device)
@@ -149,13 +138,44 @@ def shard(module: nn.Module, ranks: Ranks) -> nn.Module:
     return sharded
 
 
-def set_reducing(module: nn.Module, on: bool) -> None:
-    """Whether the next backward passes reduce over ranks (FSDP): only the last micro-batch of a step does."""
+def replicate(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """`module` behind DistributedDataParallel: its own parameters, whose gradients are averaged while backward runs.
+
+    Parameters that a stage does not reach (everything above a compared layer) are found in each forward.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    return nn.parallel.DistributedDataParallel(
+        _Traceable(module), device_ids=[ranks.device] if on_gpu else None, find_unused_parameters=True
+    )
+
+
+class _Traceable(nn.Module):
+    """Answers views of the parameters that `module` answers with, such as the head's weight in a Projection.
+
+    A parameter itself has no graph behind it: DistributedDataParallel would take it for unused and reduce it early.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: object) -> object:
+        return pytree.tree_map_only(nn.Parameter, lambda parameter: parameter.view_as(parameter), self.module(*given))
+
+
+@contextmanager
+def reducing(module: nn.Module, on: bool) -> Iterator[None]:
+    """Whether forward and backward in here reduce over ranks: only the last micro-batch of a step does."""
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not on:
+        with module.no_sync():
+            yield
+        return
     if any(is_sharded(parameter) for parameter in module.parameters()):
         from torch.distributed.fsdp import FSDPModule
 
         assert isinstance(module, FSDPModule)
         module.set_requires_gradient_sync(on)
+    yield
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -63,6 +63,7 @@ class Training:
         )
         is_sharded = settings.sharding == "shard" and ranks.world > 1
         self.module = parallel.shard(self.learners.cpu(), ranks) if is_sharded else self.learners
+        """What holds the parameters that learn: the learners, or their sharded copy."""
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         if not self.parameters:
             raise RecipeError("fit: every parameter of the student is frozen, so there is nothing to train.")
@@ -76,7 +77,9 @@ class Training:
         """How many steps since the last logged one, and the sums of the loss and its terms over them."""
         self.done, self.seconds = 0, 0.0
         self.last = Record(step=0, stage=settings.stage, loss=math.nan, terms={}, lr=0.0, seconds=0.0)
-        scheme.rebind(cast(nn.Module, torch.compile(self.module)) if settings.compile else self.module)
+        self.called = parallel.replicate(self.module, ranks) if ranks.world > 1 and not is_sharded else self.module
+        """What the lessons call: the module, wrapped where gradients are to be averaged."""
+        scheme.rebind(cast(nn.Module, torch.compile(self.called)) if settings.compile else self.called)
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, where there is one."""
@@ -136,7 +139,8 @@ class Training:
         # On accelerators a look at the loss waits for the device, so it is left to the steps that are reported.
         if checked or self.ranks.device.type == "cpu":
             self._check_finite(step, lr)
-        self.ranks.average_gradients(self.parameters)
+        if self.module is not self.learners:
+            self.ranks.average_scalars(self.parameters)
         if settings.clip is not None:
             parallel.clip_gradients(self.parameters, settings.clip)
         self.optimizer.step()
@@ -154,10 +158,11 @@ class Training:
         seen = torch.zeros_like(self.window)
         for k, batch in enumerate(batches):
             here = batch.to(ranks.device)
-            parallel.set_reducing(self.module, k + 1 == accumulate)
-            for lesson in self._lessons(here):
-                outcome = self.objective.evaluate(lesson, here, counts)
-                (outcome.total * ranks.world).backward()  # type: ignore[no-untyped-call]
+            with parallel.reducing(self.called, k + 1 == accumulate):
+                outcomes = [self.objective.evaluate(lesson, here, counts) for lesson in self._lessons(here)]
+                total = torch.stack([outcome.total for outcome in outcomes]).sum()
+                (total * ranks.world).backward()  # type: ignore[no-untyped-call]
+            for outcome in outcomes:
                 seen[1:] += torch.cat([outcome.total.detach()[None], outcome.terms])
         seen = ranks.sum(seen)
         seen[0] = 1.0

@@ -1,9 +1,23 @@
 """A recipe is data: YAML, checked against the signatures of what it names, then carried out in a run folder."""
 
 from potstill.recipe.plan import Plan, plan
-from potstill.recipe.running import export, run, score
+from potstill.recipe.running import export, is_main, run, score
 from potstill.recipe.schema import schema
 from potstill.recipe.sections import Recipe, build, load
 from potstill.recipe.shelf import copy, listing, shown
 
-__all__ = ["Plan", "Recipe", "build", "copy", "export", "listing", "load", "plan", "run", "schema", "score", "shown"]
+__all__ = [
+    "Plan",
+    "Recipe",
+    "build",
+    "copy",
+    "export",
+    "is_main",
+    "listing",
+    "load",
+    "plan",
+    "run",
+    "schema",
+    "score",
+    "shown",
+]

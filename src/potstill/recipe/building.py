@@ -147,7 +147,8 @@ def _check_same(student: nn.Module, stored: nn.Module, batch: Batch, folder: Pat
         )
     for module, was_training in modes:
         module.training = was_training
-    if not torch.equal(said.logits, again.logits):
+    # Not equal to the last bit: an accelerator may choose another kernel for the second model.
+    if not torch.allclose(said.logits, again.logits, rtol=1e-3, atol=1e-4):
         raise RunError(
             f"{folder}: the exported student answers differently from the trained one. Something it knows is neither "
             "in its weights nor in its knobs: make it a buffer or a knob."

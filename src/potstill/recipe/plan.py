@@ -28,12 +28,9 @@ Rows = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """(title, (what, value) rows): the data, then each stage of the distilled arm, then the arm alone."""
+    """(title, (what, value) rows): the data, the teacher's training, each stage of the student, the student alone."""
 
     parts: tuple[tuple[str, Rows], ...]
-
-    def tables(self) -> list[tuple[str, Sequence[str], Rows]]:
-        return [(title, ("what", "value"), rows) for title, rows in self.parts]
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -89,12 +86,14 @@ def _data_rows(data: ImageData) -> Rows:
 
 def _choose_parts(student: nn.Module, stage: Stage) -> None:
     """Freeze all but what the stage trains, as loops.fit will; refuse names of nothing before a teacher is trained."""
-    names = [name for name, module in student.named_modules() if name and any(True for _ in module.parameters())]
+    names = [name for name, _ in student.named_parameters()]
     for index, part in enumerate(stage.train):
-        if part not in names:
-            raise unknown(f"{stage.place}train[{index}]", part, names, noun="part of the student with weights")
+        if not any(f"{name}.".startswith(f"{part}.") for name in names):
+            parts = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
+            raise unknown(f"{stage.place}train[{index}]", part, parts, noun="part of the student with weights")
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(not stage.train or any(name.startswith(f"{part}.") for part in stage.train))
+        learns = not stage.train or any(f"{name}.".startswith(f"{part}.") for part in stage.train)
+        parameter.requires_grad_(learns)
 
 
 def _memory_rows(scheme: Offline, stage: Stage, batch: Batch) -> Rows:

@@ -67,6 +67,13 @@ def run(recipe: Recipe, out: Path | None = None, *, command: str = "") -> RunFol
     return folder
 
 
+def is_main() -> bool:
+    """This process is the one of its run that writes and speaks."""
+    from potstill.loops.parallel import join
+
+    return join().is_main
+
+
 def score(path: Path) -> Scores:
     """The scores of a finished run's student, measured again from its export."""
     from potstill.evaluate import evaluate
@@ -93,8 +100,6 @@ def export(path: Path, destination: Path) -> Path:
 
 def _claim(folder: RunFolder, recipe: Recipe, command: str) -> None:
     """Make the folder this recipe's own. Raises RecipeError where it is another's."""
-    for draft in folder.path.rglob(".*.draft-*"):
-        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
     if folder.recipe.exists():
         found = text.first_difference(text.read_file(folder.recipe), dict(recipe.resolved))
         if found:
@@ -103,13 +108,21 @@ def _claim(folder: RunFolder, recipe: Recipe, command: str) -> None:
                 f"{folder.path} holds a run with {key} {text.shortly(here)}, this one says {text.shortly(there)}. "
                 "Choose another --out, or delete the folder."
             )
-    elif folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+    elif folder.path.exists() and (not folder.path.is_dir() or any(_visible(folder.path))):
         raise RecipeError(f"{folder.path} is there already and holds no run. Choose another --out.")
     else:
         # First of all files: it is what makes the folder this run's.
         write_text(folder.recipe, text.write(recipe.resolved))
+    # What a killed command left half written. Only now is the folder known to be ours.
+    for draft in [*folder.path.rglob(".*.draft-*"), *folder.path.rglob(".*.old-*")]:
+        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
     if not folder.environment.exists():
         write_json(folder.environment, environment(command))
+
+
+def _visible(path: Path) -> list[Path]:
+    """What a folder holds; a command killed at its very start may have left a hidden draft."""
+    return [entry for entry in path.iterdir() if not entry.name.startswith(".recipe.yaml.draft-")]
 
 
 def _carry_out(recipe: Recipe, folder: RunFolder, ranks: Ranks, command: str) -> None:

@@ -56,10 +56,17 @@ class Local:
         self._model.to(device)
         return self
 
+    def _follow(self, device: torch.device) -> None:
+        """Go where the batches are."""
+        first = next(self.parameters(), None)
+        if first is not None and first.device != device:
+            self.to(device)
+
     @torch.no_grad()
     def __call__(self, batch: Batch, need: Need) -> Signal:
         if not need:
             return Signal()
+        self._follow(batch.mask.device)
         if self._training_mode:
             with _buffers_kept(self._model):
                 return _answer(self._model.train(), batch, need)
