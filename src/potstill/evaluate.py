@@ -219,7 +219,8 @@ def _chunks(
     labels = batch.labels[batch.mask]
     chosen = rows(student, batch.mask)
     heard = None if teacher is None else rows(teacher, batch.mask)
-    size = chunked.rows_for(width(student), budget_bytes=chunk_bytes)
+    # Without strips: the statistics hold several buffers of a chunk, as a loss on an accelerator does.
+    size = chunked.sizes_for(width(student), device="cuda", budget_bytes=chunk_bytes).chunk
     for start in range(0, len(labels), size):
         which = slice(start, start + size)
         yield dense(rows(chosen, which)).float(), labels[which], None if heard is None else rows(heard, which)

@@ -241,7 +241,7 @@ def test_cka_does_not_see_rotation_scale_and_offset() -> None:
     assert f.cka(3 * teacher @ rotation(5) + 7, teacher).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("scale", [1e-9, 1e12])
 def test_cka_keeps_its_value_at_any_scale_of_float32(scale: float) -> None:
     value = f.cka(scale * CKA_X.float(), CKA_Y.float()).mean().item()
     assert value == pytest.approx(1 - 0.672022, abs=2e-6)

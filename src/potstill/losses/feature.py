@@ -17,10 +17,10 @@ from potstill.losses.shapes import embeddings, positions, product, same_grid, sa
 
 @part("loss", paper="Romero et al. 2015", head="projector")
 def hint(student_feature: Tensor, teacher_feature: Tensor, /) -> PerItem:
-    """Mean squared difference over channels and positions: [N, ...], [N, ...] -> [N]. SignalError if widths differ.
+    """Mean squared difference over channels and positions, as benchmarks train FitNets.
 
-    This is FitNets as benchmarks train it, in one stage with weight 100. The paper's half sum is `hint_sum`,
-    C H W / 2 times this.
+    [N, ...], [N, ...] -> [N]. In one stage its weight is 100. The paper's half sum is `hint_sum`, C H W / 2 times
+    this. SignalError if widths differ.
     """
     student, teacher = same_shape(student_feature, teacher_feature, reader="hint")
     return (student - teacher).square().flatten(1).mean(-1)
@@ -28,7 +28,10 @@ def hint(student_feature: Tensor, teacher_feature: Tensor, /) -> PerItem:
 
 @part("loss", paper="Romero et al. 2015", head="projector")
 def hint_sum(student_feature: Tensor, teacher_feature: Tensor, /) -> PerItem:
-    """Half the summed squared difference (FitNets, eq. 3): [N, ...], [N, ...] -> [N]. SignalError if widths differ."""
+    """Half the summed squared difference (FitNets, eq. 3).
+
+    [N, ...], [N, ...] -> [N]; it grows with the size of the feature. SignalError if widths differ.
+    """
     student, teacher = same_shape(student_feature, teacher_feature, reader="hint_sum")
     return 0.5 * (student - teacher).square().flatten(1).sum(-1)
 
@@ -48,10 +51,11 @@ def smooth_l1(student_feature: Tensor, teacher_feature: Tensor, /, *, beta: floa
 
 @part("loss", paper="Sanh et al. 2019", head="projector")
 def cosine(student_feature: Tensor, teacher_feature: Tensor, /) -> PerItem:
-    """1 - cosine over the channels, mean over positions: [N, ...], [N, ...] -> [N]. SignalError if widths differ.
+    """1 - cosine over the channels, mean over positions.
 
-    As half the squared distance of the unit vectors, which is exact near 0 and never below it. A zero vector is at
-    1/2 from any direction and at 0 from another zero vector.
+    [N, ...], [N, ...] -> [N]. As half the squared distance of the unit vectors, which is exact near 0 and never
+    below it; a zero vector is at 1/2 from any direction and at 0 from another zero vector. SignalError if widths
+    differ.
     """
     student, teacher = map(positions, same_shape(student_feature, teacher_feature, reader="cosine"))
     return 0.5 * (unit(student) - unit(teacher)).square().sum(-1).mean(-1)
@@ -75,7 +79,8 @@ def nst(student_feature: Tensor, teacher_feature: Tensor, /, *, degree: int = 2,
     """Squared MMD between the channels' unit maps under (x . y + offset)^degree (neuron selectivity).
 
     [N, C_s, ...], [N, C_t, ...] -> [N]; widths may differ. Degree 1 is the linear kernel. The teacher's own term
-    stays, so that equality gives 0. The paper's weight is lambda / 2 with lambda = 50. SignalError without positions.
+    stays, so that equality gives 0. The usual weight is 50; the paper halves it. SignalError without positions,
+    RecipeError for a degree that is no whole number from 1 on.
     """
     if degree < 1 or degree != int(degree):
         raise RecipeError(f"nst.degree: found {degree}, expected a whole number from 1 on; the paper's is 2.")
@@ -91,11 +96,11 @@ def nst(student_feature: Tensor, teacher_feature: Tensor, /, *, degree: int = 2,
 
 @part("loss", paper="Kornblith et al. 2019", min_examples=3)
 def cka(student_feature: Tensor, teacher_feature: Tensor, /) -> PerExample:
-    """1 - linear CKA of the centred examples: [B, ...], [B, ...] -> [B], whose mean is the published scalar.
+    """1 - linear CKA, which is the cosine between the Gram matrices of the centred examples.
 
-    CKA is the cosine of the two Gram matrices [B, B], so the loss is half the squared distance of their directions
-    and each example has its row of it. Widths may differ; rotation, scale and offset of either side change nothing.
-    Two examples are always perfectly aligned, hence three at least.
+    [B, ...], [B, ...] -> [B], whose mean is the published scalar: half the squared distance of the two directions, of
+    which each example has its row. Widths may differ; rotation, scale and offset of either side change nothing. Two
+    examples are always perfectly aligned, hence three at least.
     """
     student, teacher = (_gram_direction(x) for x in embeddings(student_feature, teacher_feature))
     return 0.5 * len(student) * (student - teacher).square().sum(-1)

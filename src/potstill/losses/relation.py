@@ -28,9 +28,9 @@ LEAST_PROBABILITY = 1e-7
 def rkd(
     student_feature: Tensor, teacher_feature: Tensor, /, *, distance: float = 25.0, angle: float = 50.0
 ) -> PerExample:
-    """distance * rkd_distance + angle * rkd_angle: [B, ...], [B, ...] -> [B], at the weights for classification.
+    """distance * rkd_distance + angle * rkd_angle, by default at the weights for classification.
 
-    Metric learning takes 1 and 2.
+    [B, ...], [B, ...] -> [B]. Metric learning takes 1 and 2.
     """
     by_distance = rkd_distance(student_feature, teacher_feature)
     return distance * by_distance + angle * rkd_angle(student_feature, teacher_feature)
