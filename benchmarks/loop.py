@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,7 @@ def main() -> None:
             Path(arguments.out),
             {
                 "environment": environment(" ".join(sys.argv)),
+                "peers": {} if arguments.without_peers else {"torchdistill": metadata.version("torchdistill")},
                 "rounds": arguments.rounds, "steps": job.steps, "batch": BATCH, "threads": arguments.threads,
                 "bar": BAR, "passed": passed, "distance_of_students": distances,
                 "table": {name: asdict(row) for name, row in table.items()},

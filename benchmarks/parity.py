@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -131,6 +132,7 @@ def main() -> None:
             Path(arguments.out),
             {
                 "environment": environment(" ".join(sys.argv)),
+                "peers": {name: metadata.version(name) for name in ("torchdistill", "trl")},
                 "tolerance": TOLERANCE,
                 "table": [asdict(row) for row in rows],
                 "without_counterpart": alone,

@@ -40,6 +40,20 @@ class Batch:
     """Fingerprint of the tokenizer; a teacher of another one refuses."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, labels: Tensor, mask: Tensor | None = None, *, extras: Mapping[str, Tensor] | None = None, **inputs: Tensor
+    ) -> Batch:
+        """A batch made by hand, in a loop of your own: `Batch.of(labels, image=images)`.
+
+        Without a mask every position counts; mask out padding. Its rows have no keys, so nothing can be remembered of
+        them.
+        """
+        if mask is None:
+            counted = labels.shape[:-1] if labels.is_floating_point() else labels.shape
+            mask = torch.ones(counted, dtype=torch.bool, device=labels.device)
+        return cls(keys=(), inputs=inputs, labels=labels, mask=mask, extras=extras or {})
+
     def to(self, device: torch.device) -> Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
