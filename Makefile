@@ -33,7 +33,7 @@ docs: venv
 
 bench: venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
-	for script in parity chunked loop gain; do $(BIN)/python benchmarks/$$script.py; done
+	for script in parity chunked loop gain; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf .venv runs
