@@ -221,3 +221,9 @@ def _scores(folder: Path) -> Sequence[dict[str, object]]:
     arms = read_json(folder / "summary.json")["arms"]
     scores = [entry["scores"] for name in sorted(arms) for entry in arms[name]]
     return [{key: value for key, value in each.items() if key != "latency_ms"} for each in scores]
+
+
+def test_a_recipe_that_was_refused_does_not_keep_its_folder(file: Path, tmp_path: Path) -> None:
+    place = str(tmp_path / "run")
+    assert potstill("run", str(file), "data.path=/nowhere", "--out", place)[0] == 2
+    assert potstill("run", str(file), "--out", place)[0] == 0

@@ -52,7 +52,7 @@ def compared(
     rows = batch(labels, torch.ones(student.hidden.shape[0], dtype=torch.bool))
     loss = objective(lesson(said, teacher), rows)
     loss.backward()
-    return float(loss), gradients(student)
+    return float(loss.detach()), gradients(student)
 
 
 @pytest.fixture

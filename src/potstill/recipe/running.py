@@ -100,7 +100,8 @@ def export(path: Path, destination: Path) -> Path:
 
 def _claim(folder: RunFolder, recipe: Recipe, command: str) -> None:
     """Make the folder this recipe's own. Raises RecipeError where it is another's."""
-    if folder.recipe.exists():
+    started = folder.path.is_dir() and any(entry.is_dir() for entry in _visible(folder.path))
+    if folder.recipe.exists() and started:
         found = text.first_difference(text.read_file(folder.recipe), dict(recipe.resolved))
         if found:
             key, here, there = found
@@ -108,15 +109,16 @@ def _claim(folder: RunFolder, recipe: Recipe, command: str) -> None:
                 f"{folder.path} holds a run with {key} {text.shortly(here)}, this one says {text.shortly(there)}. "
                 "Choose another --out, or delete the folder."
             )
-    elif folder.path.exists() and (not folder.path.is_dir() or any(_visible(folder.path))):
+    elif folder.path.exists() and not folder.recipe.exists() and (not folder.path.is_dir() or _visible(folder.path)):
         raise RecipeError(f"{folder.path} is there already and holds no run. Choose another --out.")
     else:
-        # First of all files: it is what makes the folder this run's.
+        # First of all files: it is what makes the folder this run's. A recipe that was refused before anything was
+        # trained has left only itself there, and makes room.
         write_text(folder.recipe, text.write(recipe.resolved))
     # What a killed command left half written. Only now is the folder known to be ours.
     for draft in [*folder.path.rglob(".*.draft-*"), *folder.path.rglob(".*.old-*")]:
         shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
-    if not folder.environment.exists():
+    if not started or not folder.environment.exists():
         write_json(folder.environment, environment(command))
 
 
