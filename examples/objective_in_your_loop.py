@@ -11,9 +11,8 @@ from torch import nn
 
 import potstill as ps
 from potstill.evaluate import evaluate
-from potstill.students.vision import plain_cnn, resnet
 
-STEPS = 80 if os.environ.get("POTSTILL_QUICK") else 250
+STEPS = 80 if os.environ.get("POTSTILL_QUICK") else 200
 ACCUMULATE = 4
 
 # 150 digits keep their label; the others are there, but only a teacher can say something about them.
@@ -22,7 +21,9 @@ data = ps.data.images("digits", batch=16, labelled=150)
 only_labelled = ps.data.images("digits", batch=16, labelled=150, labelled_share=1.0)
 
 
-def train(model: nn.Module, objective: ps.Objective, data: ps.data.ImageData, teacher: nn.Module | None = None) -> float:
+def train(
+    model: nn.Module, objective: ps.Objective, data: ps.data.ImageData, teacher: nn.Module | None = None
+) -> float:
     """Train `model` in place; its accuracy on the test set."""
     scheme = ps.Offline(model, None if teacher is None else ps.teachers.local(teacher))
     # A dry run: it checks layers and shapes, and builds the training heads that some losses need.
@@ -47,10 +48,10 @@ def train(model: nn.Module, objective: ps.Objective, data: ps.data.ImageData, te
 
 def student() -> nn.Module:
     torch.manual_seed(0)
-    return plain_cnn(channels=1, classes=10, width=8)
+    return ps.students.plain_cnn(channels=1, classes=10, width=8)
 
 
-labels_only = ps.Objective(ps.term(ps.losses.response.cross_entropy))
+labels_only = ps.Objective(ps.term("cross_entropy"))
 distillation = ps.Objective(
     ps.term("kd", 0.9, temperature=4.0),
     ps.term("cross_entropy", 0.1),
@@ -58,7 +59,7 @@ distillation = ps.Objective(
 )
 
 torch.manual_seed(0)
-teacher = resnet(channels=1, classes=10, depth=8, width=16)
+teacher = ps.students.resnet(channels=1, classes=10, depth=8, width=16)
 print(f"teacher    {train(teacher, labels_only, everything):.3f}  (all labels)")
 print(f"alone      {train(student(), labels_only, only_labelled):.3f}  (150 labels)")
 print(f"distilled  {train(student(), distillation, data, teacher):.3f}  (150 labels and the teacher)")

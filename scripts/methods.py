@@ -19,7 +19,8 @@ TARGET = ROOT / "docs" / "methods.md"
 RECIPES = ROOT / "src" / "potstill" / "recipes"
 TITLES = {
     "loss": "Losses",
-    "schedule": "Schedules for weights",
+    "weight": "Weights of positions",
+    "schedule": "Schedules for weights and knobs",
     "model": "Models",
     "head": "Training heads",
     "student": "Students",

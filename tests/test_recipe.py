@@ -165,7 +165,7 @@ def test_the_schema_knows_every_loss_with_exactly_its_knobs() -> None:
     told = {each["title"]: each["properties"] for each in schema()["$defs"]["term"]["oneOf"] if "title" in each}
     for name, loss in parts("loss").items():
         own = {knob.name for knob in inspect.signature(loss).parameters.values() if knob.kind is knob.KEYWORD_ONLY}
-        assert set(told.pop(name)) == own | {"use", "weight", "at"}
+        assert set(told.pop(name)) == own | {"use", "weight", "at", "over", "only", "weigh", "select"}
     assert not told
 
 

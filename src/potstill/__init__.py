@@ -30,7 +30,7 @@ _HOMES = {
     "fit": "potstill.loops.fit",
     "term": "potstill.objective",
 }
-_ROOMS = ("data", "evaluate", "losses", "objective", "report", "schemes", "students", "teachers")
+_ROOMS = ("data", "evaluate", "losses", "objective", "report", "schemes", "stores", "students", "teachers")
 
 __all__ = [
     "Batch",

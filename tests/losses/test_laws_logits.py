@@ -23,7 +23,10 @@ REAL_LABELS = {
     "binary_cross_entropy": "multi-label data: one label in [0, 1] per class",
     "bounded_regression": "labels are the regressed numbers themselves",
 }
-NOT_ITS_OWN_GRADIENT = {"adaptive_kl": "its weights are constants to the gradient by definition"}
+NOT_ITS_OWN_GRADIENT = {
+    "adaptive_kl": "its weights are constants to the gradient by definition",
+    "taid": "its target holds the student as a constant by definition",
+}
 NUMBERS_NOT_LOGITS = {"bounded_regression": "a student that regresses -inf is wrong, not banned"}
 SHIFT_INVARIANT_BEYOND_SOFTMAX = {
     "dkd": "reads softmax, but needs the label's class, so it is not marked distribution",

@@ -13,8 +13,8 @@ def batch(labels: Tensor, mask: Tensor | None = None, **extras: Tensor) -> Batch
     return Batch(keys=(), inputs={}, labels=labels, mask=mask, extras=extras)
 
 
-def lesson(student: Logits | None, teacher: Logits | None = None) -> Lesson:
-    return Lesson(student=Signal(logits=student), teacher=Signal(logits=teacher))
+def lesson(student: Logits | None, teacher: Logits | None = None, **teacher_outputs: Tensor) -> Lesson:
+    return Lesson(student=Signal(logits=student), teacher=Signal(logits=teacher, features=teacher_outputs))
 
 
 def projection(*shape: int, width: int, num_classes: int, seed: int, bias: bool = True, **fields: float) -> Projection:

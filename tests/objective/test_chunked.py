@@ -50,9 +50,19 @@ def compared(
     if any(each.card.labels == "numbers" for each in objective.terms):
         labels = torch.nn.functional.one_hot(labels, student.weight.shape[0]).double()
     rows = batch(labels, torch.ones(student.hidden.shape[0], dtype=torch.bool))
-    loss = objective(lesson(said, teacher), rows)
+    loss = objective(lesson(said, teacher, **outputs(len(rows.mask))), rows)
     loss.backward()
     return float(loss.detach()), gradients(student)
+
+
+def outputs(num_rows: int) -> dict[str, Tensor]:
+    """What a teacher of another tokenizer says beside its logits, for the losses that read it."""
+    law = torch.rand(num_rows, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64).softmax(-1)
+    return {
+        "sorted_probs": law.sort(descending=True).values,
+        "nearest_ids": torch.arange(3).expand(num_rows, 3),
+        "nearest_log_probs": law[:, :3].log(),
+    }
 
 
 @pytest.fixture

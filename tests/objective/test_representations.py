@@ -97,6 +97,12 @@ def test_a_loss_that_is_not_linear_refuses_a_sampled_teacher() -> None:
         loss(drawn, "reverse_kl")
 
 
+def test_a_teacher_sampled_at_another_temperature_is_refused() -> None:
+    drawn = Sparse(ids=torch.tensor([[0, 1]]), log_probs=torch.tensor([[0.5, 0.5]]).log(), size=4, kind="sampled")
+    with pytest.raises(SignalError, match=r"compares at temperature 2, but the teacher's classes were drawn at 1\."):
+        loss(drawn, temperature=2.0)
+
+
 def test_a_sampled_teacher_is_its_counts() -> None:
     drawn = Sparse(
         ids=torch.tensor([[0, 2]]),

@@ -22,6 +22,7 @@ Part = TypeVar("Part", bound=Callable[..., Any])
 
 ROOMS = {
     "loss": ("potstill.losses",),
+    "weight": ("potstill.losses",),
     "schedule": ("potstill.objective",),
     "model": ("potstill.students",),
     "head": ("potstill.students",),

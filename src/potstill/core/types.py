@@ -106,14 +106,16 @@ class Sparse:
     """A few entries of a distribution over `size` classes: ids [..., K] and log_probs [..., K].
 
     "top": the K most likely classes with their log-probabilities; the rest is one tail bucket.
-    "sampled": distinct drawn classes, log_probs = log(count / draws); an unbiased sketch, good for
-    objectives linear in the teacher only. Padding entries have log_prob -inf.
+    "sampled": distinct classes drawn at `temperature`, log_probs = temperature * log(count / draws), so that softmax at
+    that temperature is the sketch; unbiased for objectives linear in the teacher, at that temperature only.
+    Padding entries have log_prob -inf.
     """
 
     ids: Tensor
     log_probs: Tensor
     size: int
     kind: Literal["top", "sampled"] = "top"
+    temperature: float = 1.0
 
     def detach(self) -> Sparse:
         return replace(self, ids=self.ids, log_probs=self.log_probs.detach())

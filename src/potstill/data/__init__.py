@@ -1,6 +1,19 @@
 """Where batches come from: sources of micro-batches by number."""
 
+from potstill.data.chat import ChatData, chat
 from potstill.data.images import ImageData, arrays, from_dataset, images
+from potstill.data.preferences import preferences
+from potstill.data.sequences import TokenSource
 from potstill.data.sources import ImageSource
 
-__all__ = ["ImageData", "ImageSource", "arrays", "from_dataset", "images"]
+__all__ = [
+    "ChatData",
+    "ImageData",
+    "ImageSource",
+    "TokenSource",
+    "arrays",
+    "chat",
+    "from_dataset",
+    "images",
+    "preferences",
+]

@@ -1,4 +1,4 @@
-"""Tables of pictures in the forms of Hugging Face `datasets`: saved to disk, parquet files, a name on the hub."""
+"""Tables in the forms of Hugging Face `datasets`: saved to disk, parquet files, a name on the hub; their pictures."""
 
 from __future__ import annotations
 
@@ -29,13 +29,7 @@ if TYPE_CHECKING:
 
 def read_disk(folder: Path) -> Parts:
     """A data set as `save_to_disk` left it."""
-    from datasets import load_from_disk
-
-    try:
-        found = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} cannot be read as a saved data set ({error}). Save it again.") from error
-    return from_tables(splits(found), place=str(folder))
+    return from_tables(saved_tables(folder), place=str(folder))
 
 
 def read_parquet(folder: Path) -> Parts:
@@ -57,20 +51,34 @@ def read_parquet(folder: Path) -> Parts:
 
 
 def read_hub(name: str) -> Parts:
-    """The data set `name` by way of `datasets.load_dataset`, from its cache or the network."""
+    """The data set `name` on the hub."""
+    return from_tables(hub_tables(name), place=name)
+
+
+def saved_tables(folder: Path) -> Mapping[str, Dataset]:
+    """The tables of a data set that `save_to_disk` wrote, by split name."""
+    from datasets import load_from_disk
+
+    try:
+        return splits(load_from_disk(str(folder)))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder} cannot be read as a saved data set ({error}). Save it again.") from error
+
+
+def hub_tables(name: str) -> Mapping[str, Dataset]:
+    """The tables of the data set `name`, by way of `datasets.load_dataset`, from its cache or the network."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        found = load_dataset(name)
+        return splits(load_dataset(name))
     except (OSError, ValueError, RuntimeError, DatasetsError, HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{name}: there is no such file or folder here, and the hub did not give a data set of that name "
             f"({reason}). Check the spelling and the network, or give the path of a local copy."
         ) from error
-    return from_tables(splits(found), place=name)
 
 
 def from_tables(tables: Mapping[str, Dataset], *, image: str = "", label: str = "", place: str) -> Parts:

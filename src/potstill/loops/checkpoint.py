@@ -39,6 +39,8 @@ class Snapshot:
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, object]
     scheme: Mapping[str, Tensor]
+    objective: Mapping[str, Mapping[str, float]]
+    """What the objective's adaptive schedules know."""
     window: Tensor
     """How many steps since the last logged one, and the sums of the loss and its terms over them."""
     last: Mapping[str, object]

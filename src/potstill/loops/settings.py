@@ -6,9 +6,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from potstill.core.errors import RecipeError, unknown
 from potstill.loops.optimise import SCHEDULES, check_optimizer
@@ -58,7 +57,7 @@ class Settings:
 
     def fingerprint(self, objective: Objective, *, processes: int, parameters: int) -> dict[str, object]:
         """All that must agree for a run to be continued, as it reads back from JSON."""
-        terms = [_described(objective, index) for index in range(len(objective.terms))]
+        terms = [f"{label} {term.describe()}" for label, term in zip(objective.labels, objective.terms, strict=True)]
         written = {**asdict(self), "processes": processes, "parameters": parameters, "objective": ", ".join(terms)}
         return dict(json.loads(json.dumps(written)))
 
@@ -83,12 +82,3 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 def _require(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
         raise RecipeError(f"fit.{name}: found {found}, expected {expected}.")
-
-
-def _described(objective: Objective, index: int) -> str:
-    """A term in words: its label, weight, layers and knobs."""
-    term = objective.terms[index]
-    knobs: dict[str, Any] = term.loss.keywords if isinstance(term.loss, partial) else {}
-    weight = "scheduled" if callable(term.weight) else f"{term.weight:g}"
-    layers = [f"{student}>{teacher}" for student, teacher in term.at]
-    return " ".join([objective.labels[index], f"x {weight}", *layers, *(f"{k}={v}" for k, v in sorted(knobs.items()))])

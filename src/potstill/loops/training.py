@@ -72,6 +72,7 @@ class Training:
             lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
         )  # fmt: skip
         self.needs = objective.need("student"), objective.need("teacher")
+        self.memory = objective.start()
         exact = torch.float32 if ranks.device.type == "mps" else torch.float64
         self.window = torch.zeros(2 + len(objective.terms), dtype=exact, device=ranks.device)
         """How many steps since the last logged one, and the sums of the loss and its terms over them."""
@@ -90,6 +91,7 @@ class Training:
         parallel.load_module_state(self.module, snapshot.model)
         parallel.load_optimizer_state(self.optimizer, snapshot.optimizer)
         self.scheme.load_state_dict(snapshot.scheme)
+        self.memory = snapshot.objective
         self.window.copy_(snapshot.window)
         self.done, self.seconds = snapshot.step, snapshot.seconds
         self.last = cast(Record, dict(snapshot.last))
@@ -135,7 +137,8 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        self.window += self._backward(step)
+        seen = self._backward(step)
+        self.window += seen
         # On accelerators a look at the loss waits for the device, so it is left to the steps that are reported.
         if checked or self.ranks.device.type == "cpu":
             self._check_finite(step, lr)
@@ -146,6 +149,7 @@ class Training:
         self.optimizer.step()
         self.ranks.share(self.module.buffers())
         self.scheme.after_step()
+        self.memory = self.objective.after_step(self.memory, seen[2:], step=step, steps=settings.steps)
         return lr
 
     def _backward(self, step: int) -> Tensor:
@@ -153,7 +157,7 @@ class Training:
         ranks, accumulate = self.ranks, self.settings.accumulate
         first = step * accumulate
         batches = [self.source.batch((first + k) * ranks.world + ranks.rank) for k in range(accumulate)]
-        counts = self.objective.counts(batches, step=step, steps=self.settings.steps)
+        counts = self.objective.counts(batches, step=step, steps=self.settings.steps, memory=self.memory)
         counts = replace(counts, divisors=ranks.sum(counts.divisors))
         seen = torch.zeros_like(self.window)
         for k, batch in enumerate(batches):
@@ -216,6 +220,7 @@ class Training:
             model=parallel.module_state(self.module, self.ranks),
             optimizer=parallel.optimizer_state(self.optimizer, self.ranks),
             scheme=dict(self.scheme.state_dict()),
+            objective=self.memory,
             window=self.window.cpu(),
             last=self.last,
         )

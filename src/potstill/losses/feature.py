@@ -49,6 +49,19 @@ def smooth_l1(student_feature: Tensor, teacher_feature: Tensor, /, *, beta: floa
     return each.flatten(1).mean(-1)
 
 
+@part("loss", head="projector")
+def hidden_mse(student_feature: Tensor, teacher_feature: Tensor, /) -> PerItem:
+    """`hint` of features standardised at each position over their channels: for the hidden states of transformers.
+
+    [N, ...], [N, ...] -> [N], mean over channels and positions. Without standardising (a layer norm without parameters,
+    epsilon 1e-5) the few channels that language models drive to a thousand times the rest are all that is fitted.
+    SignalError if widths differ.
+    """
+    student, teacher = map(positions, same_shape(student_feature, teacher_feature, reader="hidden_mse"))
+    width = student.shape[-1:]
+    return (F.layer_norm(student, width) - F.layer_norm(teacher, width)).square().flatten(1).mean(-1)
+
+
 @part("loss", paper="Sanh et al. 2019", head="projector")
 def cosine(student_feature: Tensor, teacher_feature: Tensor, /) -> PerItem:
     """1 - cosine over the channels, mean over positions.
@@ -98,6 +111,7 @@ def nst(student_feature: Tensor, teacher_feature: Tensor, /, *, degree: int = 2,
 def cka(student_feature: Tensor, teacher_feature: Tensor, /) -> PerExample:
     """1 - linear CKA, which is the cosine between the Gram matrices of the centred examples.
 
+    Each example is one vector; for the tokens inside each example see token_cka.
     [B, ...], [B, ...] -> [B], whose mean is the published scalar: half the squared distance of the two directions, of
     which each example has its row. Widths may differ; rotation, scale and offset of either side change nothing. Two
     examples are always perfectly aligned, hence three at least.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.core.catalog import part
+from potstill.core.errors import RecipeError
 from potstill.core.types import IGNORED, PerExample, PerItem
 from potstill.losses.divergence import forward_kl
 from potstill.losses.logits import (
@@ -63,6 +64,23 @@ def soft_cross_entropy(
         value = -(p * log_q).sum(-1)
         slope = log_q.exp_().sub_(p)
     return with_gradient(student_logits, value, slope, temperature=temperature, scale_by_t2=scale_by_t2)
+
+
+@part("loss", paper="Shing et al. 2025", distribution=True)
+def taid(student_logits: Tensor, teacher_logits: Tensor, /, *, mix: float = 0.4) -> PerItem:
+    """KL(p_mix || q), p_mix = softmax((1 - mix) z_s + mix z_t), the student in it a constant (TAID). -> [...]
+
+    At mix 1 it is forward_kl. The method lets `mix` grow by the schedule taid_schedule; 0.4 is where that starts.
+    RecipeError for a mix outside 0..1.
+    """
+    if not 0.0 <= mix <= 1.0:
+        raise RecipeError(f"taid.mix: found {mix}, expected the teacher's share, from 0 to 1.")
+    if mix == 1.0:
+        # Otherwise 0 times a student's -inf would be no number.
+        return forward_kl(student_logits, teacher_logits)
+    student, teacher = full_precision(student_logits.detach()), frozen(teacher_logits)
+    between = (1.0 - mix) * student + mix * teacher if mix else student
+    return forward_kl(student_logits, between)
 
 
 # Not marked distribution: it needs the label's own class, which a sparse teacher may have put in its tail.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from potstill.core.types import Dense, Logits, Projection
-from potstill.objective.representations import dense, head_product, rows
+from potstill.objective.representations import head_product, rows
 
 Pointwise: TypeAlias = Callable[[Tensor, Logits | None, slice], tuple[Tensor, Tensor]]
 """(student logits [C, V], the teacher there, which rows they are) -> (share of the loss [], of each term [terms])."""
@@ -45,6 +45,11 @@ def sizes_for(num_classes: int, *, device: str, budget_bytes: int) -> Sizes:
     affordable = budget_bytes // (CHUNK_BUFFERS.get(device, CHUNK_BUFFERS["cuda"]) * row_bytes)
     chunk = max(16, _power_of_two(affordable))
     return Sizes(chunk=chunk, strip=min(chunk, _power_of_two(STRIP_BYTES // row_bytes)) if device == "cpu" else chunk)
+
+
+def slices(num_rows: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of `size` rows; one empty slice of nothing, so that results keep their shape."""
+    return (slice(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size))
 
 
 def fused_sum(
@@ -94,30 +99,60 @@ def _run(
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     wants_hidden, wants_weight, wants_bias = work.wanted
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    # On a CPU a half-precision head is widened once, not once per chunk.
-    head = weight.to(exact) if weight.device.type == "cpu" else weight
+    num_rows, chunk = hidden.shape[0], work.sizes.chunk
+    head = _Head(work.student, min(chunk, num_rows))
+    teacher = _Head(work.teacher, min(chunk, num_rows)) if isinstance(work.teacher, Projection) else None
     d_hidden = torch.empty_like(hidden) if wants_hidden else None
     d_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wants_weight else None
     d_bias = None if bias is None or not wants_bias else torch.zeros(bias.shape, dtype=exact, device=bias.device)
     total: Tensor = torch.zeros((), dtype=exact, device=hidden.device)
     shares: Tensor = torch.zeros((), dtype=exact, device=hidden.device)
-    for which in _slices(hidden.shape[0], work.sizes.chunk):
-        raw = head_product(hidden[which], head, bias)
-        said = _applied(work.teacher, which)
-        for strip in _slices(raw.shape[0], work.sizes.strip):
+    for which in slices(num_rows, chunk):
+        raw = head.product(which)
+        said = _said(work.teacher, teacher, which)
+        for strip in slices(raw.shape[0], work.sizes.strip):
             share, seen = _strip(work, raw[strip], None if said is None else rows(said, strip), _within(which, strip))
             total, shares = total + share, shares + seen
         # raw now holds the gradient with respect to itself.
         if d_hidden is not None:
-            d_hidden[which] = raw @ head if head.dtype == exact else raw.to(head.dtype) @ head
+            d_hidden[which] = raw.to(head.weight.dtype) @ head.weight
         if d_weight is not None:
-            d_weight.addmm_(raw.t(), hidden[which].to(exact))
+            _add_outer(d_weight, raw, hidden[which])
         if d_bias is not None:
             d_bias.add_(raw.sum(dim=0))
-        del raw, said
     d_weight = None if d_weight is None else d_weight.to(weight.dtype)
     d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
     return total, shares, (d_hidden, d_weight, d_bias)
+
+
+class _Head:
+    """A head applied to a chunk at a time, always into one buffer: fresh pages would cost a part of the product."""
+
+    def __init__(self, projection: Projection, num_rows: int) -> None:
+        self.projection = projection.detach()
+        weight = self.projection.weight
+        # On a CPU a half-precision head is widened once, not once per chunk.
+        widened = torch.promote_types(weight.dtype, torch.float32)
+        self.weight = weight.to(widened) if weight.device.type == "cpu" else weight
+        self.buffer = torch.empty(num_rows, weight.shape[0], dtype=widened, device=weight.device)
+
+    def product(self, which: slice) -> Tensor:
+        """hidden @ weight.T + bias at some rows, in float32 (float64 stays). It lasts until the next call."""
+        hidden, bias = self.projection.hidden[which], self.projection.bias
+        if self.weight.dtype != self.buffer.dtype:
+            return head_product(hidden, self.weight, bias)
+        raw = self.buffer[: hidden.shape[0]]
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            torch.mm(hidden.to(raw.dtype), self.weight.t(), out=raw)
+        return raw if bias is None else raw.add_(bias)
+
+
+def _add_outer(d_weight: Tensor, d_raw: Tensor, hidden: Tensor) -> None:
+    """d_weight += d_raw.T @ hidden, accumulated in d_weight's precision: [V, H], [C, V], [C, H]."""
+    if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
+        d_weight.add_(torch.mm(d_raw.to(hidden.dtype).t(), hidden, out_dtype=d_weight.dtype))
+    else:
+        d_weight.addmm_(d_raw.t(), hidden.to(d_weight.dtype))
 
 
 def _strip(work: _Work, raw: Tensor, teacher: Logits | None, which: slice) -> tuple[Tensor, Tensor]:
@@ -132,17 +167,11 @@ def _strip(work: _Work, raw: Tensor, teacher: Logits | None, which: slice) -> tu
     return share.detach(), seen
 
 
-def _applied(teacher: Logits | None, which: slice) -> Logits | None:
+def _said(teacher: Logits | None, head: _Head | None, which: slice) -> Logits | None:
     """The teacher at some rows, its head applied: all strips of a chunk share one product."""
-    if teacher is None:
-        return None
-    part = rows(teacher, which)
-    return Dense(logits=dense(part)) if isinstance(part, Projection) else part
-
-
-def _slices(num_rows: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of `size` rows; one empty slice of nothing, so that results keep their shape."""
-    return (slice(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size))
+    if head is not None:
+        return Dense(logits=head.projection.finish(head.product(which)))
+    return None if teacher is None else rows(teacher, which)
 
 
 def _within(chunk: slice, strip: slice) -> slice:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from potstill.core.errors import RecipeError, SignalError, unknown
+from potstill.core.errors import RecipeError, SignalError
 from potstill.core.types import Batch, Lesson, Logits, Need, Projection
 from potstill.objective import chunked
-from potstill.objective.representations import dense, meet, rows, width
-from potstill.objective.term import ALL_LAYERS, LOGITS, ONE_LAYER, Term, check_labels
+from potstill.objective.binding import counted, head_key, layer_in, logits_in, named_in, nothing
+from potstill.objective.representations import Kept, heard, rows, width
+from potstill.objective.schedules import Adaptive, State, value_at
+from potstill.objective.term import ALL_LAYERS, ONE_LAYER, Term, check_labels
+
+Memory: TypeAlias = Mapping[str, State]
+"""What the adaptive schedules of an objective know after some steps, by "term.knob". Empty where there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +28,8 @@ class Counts:
     divisors: Tensor
     """[num_terms] float64: counted positions (or examples) of all micro-batches."""
     weights: tuple[float, ...]
+    knobs: tuple[Mapping[str, float], ...]
+    """The scheduled knobs of each term."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +59,13 @@ class Objective:
     """
 
     def __init__(self, *terms: Term, chunk_bytes: int = 64 * 2**20, compiled: bool = False) -> None:
-        self.terms = tuple(term for term in terms if callable(term.weight) or term.weight != 0.0)
+        self.terms = tuple(term for term in terms if term.weight != 0.0)
         if not self.terms:
             raise RecipeError("objective: no term with a weight other than 0, so there is nothing to learn.")
         self.labels = _labels(self.terms)
         self.chunk_bytes = chunk_bytes
         self._losses = [torch.compile(term.loss) if compiled else term.loss for term in self.terms]
+        self._adaptive = _adaptive(self.labels, self.terms)
 
     def need(self, side: Literal["student", "teacher"]) -> Need:
         """What one side must say for these terms. A layer behind a training head is asked for by the head's key."""
@@ -66,28 +74,69 @@ class Objective:
         for label, term in zip(self.labels, self.terms, strict=True):
             for pair in term.at:
                 behind_head = side == "student" and term.card.head
-                features.add(_key(label, pair) if behind_head else pair[layer_of])
+                features.add(head_key(label, pair) if behind_head else pair[layer_of])
+            if side == "teacher":
+                features.update(name.removeprefix("teacher_") for name in term.teacher_outputs())
         return Need(
-            logits=any(f"{side}_logits" in term.reads for term in self.terms),
+            logits=any(f"{side}_logits" in term.asks for term in self.terms),
             features=frozenset(features),
         )
 
     def heads(self) -> tuple[HeadRequest, ...]:
         """The training heads the student needs, in a fixed order."""
         return tuple(
-            HeadRequest(key=_key(label, pair), head=term.card.head, student_layer=pair[0], teacher_layer=pair[1])
+            HeadRequest(key=head_key(label, pair), head=term.card.head, student_layer=pair[0], teacher_layer=pair[1])
             for label, term in zip(self.labels, self.terms, strict=True)
             if term.card.head
             for pair in term.at
         )
 
-    def counts(self, batches: Sequence[Batch], *, step: int = 0, steps: int = 1) -> Counts:
-        """Divisors and weights of one optimizer step, from masks alone."""
-        divisors = [sum(term.counted(batch).sum(dtype=torch.float64) for batch in batches) for term in self.terms]
+    def start(self) -> Memory:
+        """What the adaptive schedules know before the first step."""
+        return {slot: schedule.start() for slot, (_, schedule) in self._adaptive.items()}
+
+    def counts(
+        self, batches: Sequence[Batch], *, step: int = 0, steps: int = 1, memory: Memory | None = None
+    ) -> Counts:
+        """Divisors, weights and knobs of one optimizer step, from masks alone.
+
+        `memory` is what `start` gave and `after_step` renewed. Raises RecipeError where an adaptive schedule is left
+        without one after the first step: it could not adapt.
+        """
+        if memory is None and step > 0 and self._adaptive:
+            raise RecipeError(
+                f"objective: {', '.join(self._adaptive)} follows the loss. Begin with memory = objective.start(), give "
+                "it to counts(...), and renew it with objective.after_step(...) after each step."
+            )
+        known = self.start() if memory is None else memory
+        divisors = [sum(term.count(batch) for batch in batches) for term in self.terms]
         return Counts(
             divisors=torch.stack([torch.as_tensor(d, dtype=torch.float64) for d in divisors]),
-            weights=tuple(term.weight_at(step, steps) for term in self.terms),
+            weights=tuple(
+                term.weight_at(step, steps, known.get(label))
+                for label, term in zip(self.labels, self.terms, strict=True)
+            ),
+            knobs=tuple(
+                {
+                    name: value_at(schedule, step, steps, known.get(f"{label}.{name}"))
+                    for name, schedule in term.scheduled.items()
+                }
+                for label, term in zip(self.labels, self.terms, strict=True)
+            ),
         )
+
+    def after_step(self, memory: Memory, shares: Tensor, *, step: int, steps: int) -> Memory:
+        """The memory once a step is done; `shares` [num_terms]: its Outcome.terms, summed over micro-batches and ranks.
+
+        Where nothing adapts it looks at nothing, so that no accelerator is waited for.
+        """
+        if not self._adaptive:
+            return memory
+        losses = shares.tolist()
+        return {
+            slot: schedule.after_step(memory[slot], losses[index], step, steps)
+            for slot, (index, schedule) in self._adaptive.items()
+        }
 
     def __call__(self, lesson: Lesson, batch: Batch, counts: Counts | None = None) -> Tensor:
         """The loss [] of one micro-batch. Without counts the batch counts as the whole optimizer step."""
@@ -101,13 +150,13 @@ class Objective:
         total: Tensor | None = None
         shares: list[Tensor | None] = [None] * len(self.terms)
         if fused:
-            total, seen = self._fused_total(fused, lesson, batch, divisors, counts.weights)
+            total, seen = self._fused_total(fused, lesson, batch, divisors, counts)
             for position, index in enumerate(fused):
                 shares[index] = seen[position]
-        for index, term in enumerate(self.terms):
+        for index in range(len(self.terms)):
             if index in fused:
                 continue
-            values = self._values(index, term, lesson, batch)
+            values = self._values(index, lesson, batch, counts.knobs[index])
             exact = torch.promote_types(values.dtype, torch.float32)
             share = values.sum(dtype=exact) / divisors[index].to(exact)
             weighted = counts.weights[index] * share
@@ -124,129 +173,85 @@ class Objective:
         return tuple(index for index, term in enumerate(self.terms) if term.pointwise)
 
     def _fused_total(
-        self, fused: Sequence[int], lesson: Lesson, batch: Batch, divisors: Tensor, weights: Sequence[float]
+        self, fused: Sequence[int], lesson: Lesson, batch: Batch, divisors: Tensor, counts: Counts
     ) -> tuple[Tensor, Tensor]:
         """All pointwise terms in one pass over chunks of the positions that any of them counts."""
         student, teacher = lesson.student.logits, lesson.teacher.logits
         assert isinstance(student, Projection)
-        counted = [self.terms[index].counted(batch) for index in fused]
-        union = torch.stack(counted).any(dim=0)
-        keep = _Kept(union)
-        asked = [keep.of(mask) for mask in counted]
+        masks = [counted(self.terms[index], lesson, batch, chunk_bytes=self.chunk_bytes) for index in fused]
+        keep = Kept(torch.stack(masks).any(dim=0))
+        asked = [keep.of(mask) for mask in masks]
         chosen = keep.of_logits(student)
         teacher = None if teacher is None else keep.of_logits(teacher)
         per_term = [None if bool(mask.all()) else mask for mask in asked]
-        named = {index: self._named(index, batch, keep) for index in fused}
+        named = {index: named_in(lesson, batch, self.terms[index], self.terms[index].reads, keep) for index in fused}
         assert isinstance(chosen, Projection)
 
         def pointwise(logits: Tensor, said: Logits | None, which: slice) -> tuple[Tensor, Tensor]:
             shares = []
             for index, mask in zip(fused, per_term, strict=True):
                 part = {name: tensor[which] for name, tensor in named[index].items()}
-                seen, heard = logits, said
+                seen, there = logits, said
                 if mask is not None:
                     inside = mask[which]
-                    seen, heard = logits[inside], None if said is None else rows(said, inside)
+                    seen, there = logits[inside], None if said is None else rows(said, inside)
                     part = {name: tensor[inside] for name, tensor in part.items()}
-                values = self._pointwise(index, seen, heard, part)
+                values = self._pointwise(index, seen, there, part, counts.knobs[index])
                 shares.append(values.sum(dtype=logits.dtype) / divisors[index].to(logits.dtype))
             stacked = torch.stack(shares)
-            weighted = sum(weights[index] * stacked[position] for position, index in enumerate(fused))
+            weighted = sum(counts.weights[index] * stacked[position] for position, index in enumerate(fused))
             return torch.as_tensor(weighted), stacked.detach()
 
         device = student.hidden.device.type
         sizes = chunked.sizes_for(width(student), device=device, budget_bytes=self.chunk_bytes)
         return chunked.fused_sum(chosen, teacher, pointwise, sizes=sizes)
 
-    def _pointwise(self, index: int, student: Tensor, teacher: Logits | None, named: dict[str, Tensor]) -> Tensor:
+    def _pointwise(
+        self, index: int, student: Tensor, teacher: Logits | None, named: dict[str, Tensor], knobs: Mapping[str, float]
+    ) -> Tensor:
         term = self.terms[index]
-        arguments = dict(named)
-        if "teacher_logits" in term.reads:
-            _check_teacher(term, student.shape[-1], teacher)
-            assert teacher is not None
-            student, arguments["teacher_logits"] = meet(student, teacher, term.card)
+        arguments = {**named, **heard(student, teacher, term.reads, term.card, temperature=term.temperature)}
         if "labels" in arguments:
-            check_labels(arguments["labels"], num_classes=student.shape[-1], card=term.card)
-        arguments["student_logits"] = student
-        return self._losses[index](*(arguments[name] for name in term.reads))
-
-    def _named(self, index: int, batch: Batch, keep: _Kept) -> dict[str, Tensor]:
-        """Labels and extras that a term reads, at the kept positions."""
-        term = self.terms[index]
-        special = LOGITS | ONE_LAYER | ALL_LAYERS | set(term.head_outputs()) | {"mask"}
-        named = {}
-        for name in term.reads:
-            if name == "labels":
-                named[name] = keep.of(batch.labels)
-            elif name not in special:
-                if name not in batch.extras:
-                    raise SignalError(f"{term.card.name} reads '{name}', but {_has(batch)}.")
-                named[name] = keep.of(batch.extras[name])
-        return named
+            check_labels(arguments["labels"], num_classes=arguments["student_logits"].shape[-1], card=term.card)
+        return self._losses[index](*(arguments[name] for name in term.reads), **knobs)
 
     # Other terms: everything at once.
 
-    def _values(self, index: int, term: Term, lesson: Lesson, batch: Batch) -> Tensor:
+    def _values(self, index: int, lesson: Lesson, batch: Batch, knobs: Mapping[str, float]) -> Tensor:
         """The loss values [N] of one term."""
-        counted = term.counted(batch)
-        keep = _Kept(counted)
+        term, loss = self.terms[index], self._losses[index]
+        keep = Kept(counted(term, lesson, batch, chunk_bytes=self.chunk_bytes))
         if keep.num_rows == 0:
-            return _nothing(lesson)
+            return nothing(lesson)
         if keep.num_rows < term.card.min_examples:
             raise SignalError(
                 f"{term.card.name} compares examples with each other and needs at least {term.card.min_examples} in a "
                 f"micro-batch; this one has {keep.num_rows}. Use a larger batch."
             )
-        named = self._named(index, batch, keep)
-        if "mask" in term.reads:
-            named["mask"] = keep.of(batch.mask)
-        if "student_logits" in term.reads:
-            named["student_logits"] = dense(keep.of_logits(_logits(lesson, "student", term)))
-        if "teacher_logits" in term.reads:
-            teacher = keep.of_logits(_logits(lesson, "teacher", term))
-            _check_teacher(term, named["student_logits"].shape[-1], teacher)
-            named["student_logits"], named["teacher_logits"] = meet(named["student_logits"], teacher, term.card)
-        if "labels" in named and "student_logits" in named:
+        named = {**named_in(lesson, batch, term, term.reads, keep), **logits_in(lesson, term, keep)}
+        if {"labels", "student_logits"} <= named.keys():
             check_labels(named["labels"], num_classes=named["student_logits"].shape[-1], card=term.card)
         if not term.reads_features:
-            return self._losses[index](*(named[name] for name in term.reads))
-        layers = [self._layer(index, pair, lesson, keep) for pair in term.at]
+            return loss(*(named[name] for name in term.reads), **knobs)
+        keys = [head_key(self.labels[index], pair) for pair in term.at]
+        layers = [layer_in(lesson, batch, term, pair, key, keep) for pair, key in zip(term.at, keys, strict=True)]
         if any(name in ALL_LAYERS for name in term.reads):
             several = {f"{name}s": tuple(layer[name] for layer in layers) for name in ONE_LAYER}
-            return self._losses[index](*(several[name] if name in several else named[name] for name in term.reads))
-        values = [self._losses[index](*({**named, **layer}[name] for name in term.reads)) for layer in layers]
+            return loss(*(several[name] if name in several else named[name] for name in term.reads), **knobs)
+        values = [loss(*({**named, **layer}[name] for name in term.reads), **knobs) for layer in layers]
         return torch.stack(values).sum(dim=0)
 
-    def _layer(self, index: int, pair: tuple[str, str], lesson: Lesson, keep: _Kept) -> dict[str, Tensor]:
-        """What both sides say at one pair of layers, head outputs included."""
-        term, key = self.terms[index], _key(self.labels[index], pair)
-        said = {"teacher_feature": keep.of(_feature(lesson, "teacher", pair[1], term))}
-        if not term.card.head:
-            return {**said, "student_feature": keep.of(_feature(lesson, "student", pair[0], term))}
-        for name in ("student_feature", *term.head_outputs()):
-            tensor = _feature(lesson, "student", f"{key}.{name}", term)
-            # A head may also say things about the layer itself, such as a variance per channel.
-            said[name] = keep.of(tensor) if name == "student_feature" else tensor
-        return said
 
-
-class _Kept:
-    """Selects the counted rows; a no-op, not a copy, where all are counted."""
-
-    def __init__(self, mask: Tensor) -> None:
-        self.everything = bool(mask.all())
-        self.mask = mask
-        self.num_rows = mask.numel() if self.everything else int(mask.sum())
-
-    def of(self, tensor: Tensor) -> Tensor:
-        if not self.everything:
-            return tensor[self.mask]
-        return tensor if self.mask.ndim == 1 else tensor.flatten(0, self.mask.ndim - 1)
-
-    def of_logits(self, logits: Logits) -> Logits:
-        if not self.everything or self.mask.ndim > 1:
-            return rows(logits, self.mask)
-        return logits
+def _adaptive(labels: Sequence[str], terms: Sequence[Term]) -> dict[str, tuple[int, Adaptive]]:
+    """The adaptive schedules and their terms' numbers, by "term" for a weight and "term.knob" for a knob."""
+    slots: dict[str, tuple[int, Adaptive]] = {}
+    for index, (label, term) in enumerate(zip(labels, terms, strict=True)):
+        if isinstance(term.weight, Adaptive):
+            slots[label] = index, term.weight
+        for name, schedule in term.scheduled.items():
+            if isinstance(schedule, Adaptive):
+                slots[f"{label}.{name}"] = index, schedule
+    return slots
 
 
 def _labels(terms: Sequence[Term]) -> tuple[str, ...]:
@@ -258,50 +263,3 @@ def _labels(terms: Sequence[Term]) -> tuple[str, ...]:
         count = seen[term.card.name]
         labels.append(term.card.name if count == 1 else f"{term.card.name}#{count}")
     return tuple(labels)
-
-
-def _key(label: str, pair: tuple[str, str]) -> str:
-    return f"{label}/{pair[0]}>{pair[1]}"
-
-
-def _logits(lesson: Lesson, side: Literal["student", "teacher"], term: Term) -> Logits:
-    signal = lesson.student if side == "student" else lesson.teacher
-    if signal.logits is None:
-        raise SignalError(f"{term.card.name} reads the {side}'s logits, but the {side} gave none.")
-    return signal.logits
-
-
-def _feature(lesson: Lesson, side: Literal["student", "teacher"], name: str, term: Term) -> Tensor:
-    features = (lesson.student if side == "student" else lesson.teacher).features
-    if name not in features:
-        raise SignalError(str(unknown(f"{term.card.name}, {side}", name, features, noun="captured layer")))
-    return features[name]
-
-
-def _check_teacher(term: Term, num_classes: int, teacher: Logits | None) -> None:
-    if teacher is None:
-        raise SignalError(f"{term.card.name} reads the teacher's logits, but the teacher gave none.")
-    if width(teacher) != num_classes:
-        raise SignalError(
-            f"{term.card.name}: the student has {num_classes} classes, the teacher {width(teacher)}. Give both the "
-            "same classes in the same order, or compare features instead."
-        )
-
-
-def _nothing(lesson: Lesson) -> Tensor:
-    """No values, yet a graph: every rank backpropagates through the same parameters."""
-    student = lesson.student
-    said = list(student.features.values())
-    if student.logits is not None:
-        said += [t for t in _tensors_of(student.logits) if t.is_floating_point()]
-    return sum((tensor.flatten()[:0].sum() for tensor in said), start=torch.zeros(()))[None]
-
-
-def _tensors_of(logits: Logits) -> list[Tensor]:
-    """The tensors a representation is made of."""
-    fields = (getattr(logits, name) for name in logits.__slots__)
-    return [value for value in fields if isinstance(value, Tensor)]
-
-
-def _has(batch: Batch) -> str:
-    return f"the batch has {', '.join(sorted(batch.extras))}" if batch.extras else "the batch has no extras"

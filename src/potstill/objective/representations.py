@@ -5,12 +5,16 @@ Dense logits, a head not yet applied, a few entries of a teacher. The same distr
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from potstill.core.catalog import Card
 from potstill.core.errors import SignalError
 from potstill.core.types import Dense, Logits, Projection, Sparse
+from potstill.losses import coarse
 
 
 def width(logits: Logits) -> int:
@@ -38,7 +42,26 @@ def rows(logits: Logits, which: Tensor | slice) -> Logits:
                 softcap=logits.softcap,
             )
         case Sparse():
-            return Sparse(ids=logits.ids[which], log_probs=logits.log_probs[which], size=logits.size, kind=logits.kind)
+            return replace(logits, ids=logits.ids[which], log_probs=logits.log_probs[which])
+
+
+class Kept:
+    """Selects the counted rows; a no-op, not a copy, where all are counted."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.everything = bool(mask.all())
+        self.mask = mask
+        self.num_rows = mask.numel() if self.everything else int(mask.sum())
+
+    def of(self, tensor: Tensor) -> Tensor:
+        if not self.everything:
+            return tensor[self.mask]
+        return tensor if self.mask.ndim == 1 else tensor.flatten(0, self.mask.ndim - 1)
+
+    def of_logits(self, logits: Logits) -> Logits:
+        if not self.everything or self.mask.ndim > 1:
+            return rows(logits, self.mask)
+        return logits
 
 
 def head_product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -69,7 +92,35 @@ def dense(logits: Logits) -> Tensor:
             )
 
 
-def meet(student_logits: Tensor, teacher: Logits, card: Card) -> tuple[Tensor, Tensor]:
+def heard(
+    student_logits: Tensor | None,
+    teacher: Logits | None,
+    reads: Collection[str],
+    card: Card,
+    *,
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
+    """What a loss or a weight reads of the logits at some positions, by name: [N, V] each, met over the same classes.
+
+    `temperature` is the one it compares at. Raises SignalError where the teacher said none, or speaks of other classes.
+    """
+    named = {} if student_logits is None else {"student_logits": student_logits}
+    if "teacher_logits" not in reads:
+        return named
+    if teacher is None:
+        raise SignalError(f"{card.name} reads the teacher's logits, but the teacher gave none.")
+    if student_logits is None:
+        return {"teacher_logits": dense(teacher)}
+    if width(teacher) != student_logits.shape[-1]:
+        raise SignalError(
+            f"{card.name}: the student has {student_logits.shape[-1]} classes, the teacher {width(teacher)}. Give both "
+            "the same classes in the same order, or compare features instead."
+        )
+    student_logits, teacher_logits = meet(student_logits, teacher, card, temperature=temperature)
+    return {"student_logits": student_logits, "teacher_logits": teacher_logits}
+
+
+def meet(student_logits: Tensor, teacher: Logits, card: Card, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Student and teacher logits over the same classes, for one loss: [N, V] and a teacher -> [N, V'], [N, V'].
 
     V' = V, except for a top-k teacher: there both are coarsened to its K classes and one tail bucket, which turns any
@@ -90,27 +141,24 @@ def meet(student_logits: Tensor, teacher: Logits, card: Card) -> tuple[Tensor, T
             f"{card.name} is not linear in the teacher, so a sampled teacher would bias it. Use forward_kl or a "
             "top-k teacher."
         )
+    if teacher.temperature != temperature:
+        raise SignalError(
+            f"{card.name} compares at temperature {temperature:g}, but the teacher's classes were drawn at "
+            f"{teacher.temperature:g}. Build the store at the temperature of the loss, or keep the top classes."
+        )
     return student_logits, scattered(teacher)
 
 
 def coarsened(student_logits: Tensor, teacher: Sparse) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the teacher's K classes and of all others together: [N, V] -> two of [N, K + 1].
 
-    With K = V there are no others, and the result is [N, K]. The student's tail is a logsumexp over the other
-    logits, not 1 - sum: the difference would be noise where the student is confident.
+    With K = V there are no others, and the result is [N, K].
     """
     logits = student_logits.float() if student_logits.dtype in (torch.float16, torch.bfloat16) else student_logits
-    held = teacher.log_probs > -torch.inf
-    # Padding repeats the row's first class: its logit may be masked twice, but nobody else's.
-    ids = torch.where(held, teacher.ids, teacher.ids[..., :1])
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)
-    student = (logits.gather(-1, ids) - normaliser).masked_fill(~held, -torch.inf)
-    log_probs = teacher.log_probs.to(logits.dtype)
+    student, said = coarse.coarsened(logits, teacher.ids, teacher.log_probs)
     if teacher.ids.shape[-1] >= teacher.size:
-        return student, log_probs
-    others = logits.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True) - normaliser
-    rest = (1.0 - log_probs.exp().sum(dim=-1, keepdim=True)).clamp(min=0.0).log()
-    return torch.cat([student, others], dim=-1), torch.cat([log_probs, rest], dim=-1)
+        return student[..., :-1], said[..., :-1]
+    return student, said
 
 
 def scattered(teacher: Sparse) -> Tensor:

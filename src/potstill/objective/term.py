@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,16 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from potstill.core.catalog import Card, card, check_keywords, find
-from potstill.core.errors import DataError, RecipeError
+from potstill.core.catalog import Card, card, check_keywords, find, keywords
+from potstill.core.errors import DataError, RecipeError, SignalError
 from potstill.core.types import IGNORED, Batch, PerExample, PerItem
-from potstill.objective.schedules import Schedule
+from potstill.objective.schedules import Adaptive, Schedule, State, value_at
+from potstill.objective.selection import LOGITS, Top, Weight, positional, weighted
 
-LOGITS = frozenset({"student_logits", "teacher_logits"})
 ONE_LAYER = frozenset({"student_feature", "teacher_feature"})
 ALL_LAYERS = frozenset({"student_features", "teacher_features"})
+NEIGHBOURS = frozenset({"mask", "teacher_span"})
+"""Who reads one of these looks at several positions at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Term:
     """A loss ready to be asked. Make it with `term(...)`, which checks every field."""
 
     loss: Callable[..., Tensor]
+    """Its fixed knobs are bound."""
     card: Card
     weight: float | Schedule
     at: tuple[tuple[str, str], ...]
@@ -34,6 +36,23 @@ class Term:
     reads: tuple[str, ...]
     """The positional-only parameters of the loss, in order."""
     per_item: bool
+    knobs: Mapping[str, Any]
+    """All knobs as they were given."""
+    scheduled: Mapping[str, Schedule]
+    """The knobs among them that change from step to step."""
+    over: str
+    """Which of the batch's masks says where it counts: "mask", or a name in the inputs or extras."""
+    only: Mapping[str, int]
+    """It counts only where these extras have these values."""
+    select: Top | None
+    """It counts only the best of these positions."""
+    temperature: float
+    """What it compares at; not a number where a schedule moves it."""
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """All it wants to know: what the loss reads, and what its positions are selected by."""
+        return frozenset(self.reads) | (frozenset(self.select.reads) if self.select else frozenset())
 
     @property
     def reads_features(self) -> bool:
@@ -42,22 +61,72 @@ class Term:
     @property
     def pointwise(self) -> bool:
         """It looks at each position's logits alone, so it can be computed in chunks."""
-        return self.per_item and "student_logits" in self.reads and not self.reads_features and "mask" not in self.reads
+        alone = self.per_item and not self.reads_features and NEIGHBOURS.isdisjoint(self.reads)
+        return alone and "student_logits" in self.reads
+
+    def teacher_outputs(self) -> tuple[str, ...]:
+        """What it reads from the teacher beyond logits and layers: `teacher_<x>` is its feature x, at each position."""
+        known = LOGITS | ONE_LAYER | ALL_LAYERS
+        return tuple(name for name in self.reads if name.startswith("teacher_") and name not in known)
 
     def head_outputs(self) -> tuple[str, ...]:
         """What it reads from the student's training head beyond the feature itself."""
         known = LOGITS | ONE_LAYER | ALL_LAYERS
         return tuple(name for name in self.reads if name.startswith("student_") and name not in known)
 
-    def weight_at(self, step: int, steps: int) -> float:
-        return self.weight(step, steps) if callable(self.weight) else self.weight
+    def weight_at(self, step: int, steps: int, state: State | None = None) -> float:
+        return value_at(self.weight, step, steps, state)
+
+    def positions(self, batch: Batch) -> Tensor:
+        """Where it may count, [B] or [B, T]: a bool mask, or whole numbers of which 0 does not count.
+
+        Numbers tell packed segments apart. Raises SignalError where the batch has no such mask.
+        """
+        if self.over == "mask":
+            return batch.mask
+        known = {**batch.inputs, **batch.extras}
+        if self.over not in known:
+            raise SignalError(
+                f"{self.card.name} counts over '{self.over}', but the batch has {', '.join(sorted(known)) or 'nothing'}"
+                " beside its mask."
+            )
+        where = known[self.over]
+        if "student_logits" in self.asks and where.shape != batch.mask.shape:
+            raise SignalError(
+                f"{self.card.name} counts over '{self.over}' of shape {list(where.shape)}, but the logits stand where "
+                f"the mask {list(batch.mask.shape)} does. Remove 'over', or compare features."
+            )
+        # A row that the mask leaves out as a whole stays out.
+        return where if batch.mask.ndim == where.ndim else where * batch.mask.view(-1, *[1] * (where.ndim - 1))
 
     def counted(self, batch: Batch) -> Tensor:
-        """bool, the positions (or, per example, the rows) that this term counts. Depends on masks and labels only."""
-        counted = batch.mask
-        if "labels" in self.reads and self.card.labels == "classes" and batch.labels.shape == counted.shape:
+        """bool, the positions (or, per example, the rows) that this term may count: from masks, labels and tags."""
+        counted = self.positions(batch) != 0
+        if "labels" in self.asks and self.card.labels == "classes" and batch.labels.shape == counted.shape:
             counted = counted & (batch.labels != IGNORED)
+        for name, value in self.only.items():
+            if name not in batch.extras:
+                raise SignalError(
+                    f"{self.card.name} counts only where '{name}' is {value}, but the batch has no such extra."
+                )
+            matches = batch.extras[name] == value
+            counted = counted & (matches if matches.ndim == counted.ndim else matches[:, None])
         return counted if self.per_item or counted.ndim == 1 else counted.flatten(1).any(dim=1)
+
+    def count(self, batch: Batch) -> Tensor:
+        """How many positions (or rows) it counts, float64 []: known before any forward."""
+        counted = self.counted(batch)
+        kept = counted if self.select is None else self.select.num_kept(counted)
+        return kept.sum(dtype=torch.float64)
+
+    def describe(self) -> str:
+        """What sets it apart from other terms of the same loss: weight, layers, positions and knobs, in words."""
+        where = [f"over {self.over}"] if self.over != "mask" else []
+        where += [f"only {name}={value}" for name, value in self.only.items()]
+        where += [f"top {self.select.fraction:g} by {self.select.card.name}"] if self.select else []
+        layers = [f"{student}>{teacher}" for student, teacher in self.at]
+        knobs = [f"{name}={_said(knob)}" for name, knob in sorted(self.knobs.items())]
+        return " ".join([f"x {_said(self.weight)}", *layers, *where, *knobs])
 
 
 def term(
@@ -66,33 +135,76 @@ def term(
     /,
     *,
     at: Mapping[str, str] | Sequence[str] = (),
+    over: str = "mask",
+    only: Mapping[str, int] | None = None,
+    weigh: Weight | str | None = None,
+    select: Top | None = None,
     place: str = "term",
     **knobs: Any,
 ) -> Term:
     """A loss (function, catalog name or `package.module:name`) with its weight, layers and knobs.
 
     `at` pairs student layers with teacher layers: {"layer2": "layer3"}, or ["layer2"] where the names agree.
-    `place` is what error messages call this term. Raises RecipeError for anything that cannot work.
+    `over` names another mask in the batch's inputs or extras, such as "attention_mask": all tokens, not only answers.
+    `only` counts the rows or positions with these tags in the extras, such as {"task": 1}, with a divisor of their own.
+    `weigh` multiplies each position's value (kind "weight"); the divisor stays the number of positions.
+    `select` counts the top fraction of each example's positions: top("student_entropy", fraction=0.2).
+    A knob that is a number may be a schedule. `place` is what error messages call this term.
+    Raises RecipeError for anything that cannot work.
     """
     function: Callable[..., Tensor] = find("loss", loss, place=f"{place}.use") if isinstance(loss, str) else loss
     check_keywords(function, knobs, place=place)
     pairs = tuple(at.items()) if isinstance(at, Mapping) else tuple((name, name) for name in at)
-    reads = _positional(function)
+    per_item = _is_per_item(function, place)
+    if not per_item and (weigh is not None or select is not None):
+        raise RecipeError(
+            f"{place}: {card(function).name} gives one value per example, so its positions cannot be weighed or "
+            "selected. Take a loss that gives one value per item."
+        )
+    if select is not None and "teacher_span" in positional(function):
+        raise RecipeError(
+            f"{place}.select: {card(function).name} adds up spans of positions, which a selection would tear."
+        )
+    scheduled = {name: knob for name, knob in knobs.items() if _is_schedule(function, name, knob)}
+    fixed = {name: knob for name, knob in knobs.items() if name not in scheduled}
+    loss_card, reads, bound = card(function), positional(function), partial(function, **fixed) if fixed else function
+    if weigh is not None:
+        bound, loss_card, reads = weighted(bound, loss_card, reads, weigh, place=f"{place}.weigh")
     made = Term(
-        loss=partial(function, **knobs) if knobs else function,
-        card=card(function),
+        loss=bound,
+        card=loss_card,
         weight=_checked(weight, place),
         at=pairs,
         reads=reads,
-        per_item=_is_per_item(function, place),
+        per_item=per_item,
+        knobs=knobs,
+        scheduled=scheduled,
+        over=over,
+        only=dict(only or {}),
+        select=select,
+        temperature=_temperature(function, knobs),
     )
     _check_layers(made, place)
     return made
 
 
-def _positional(function: Callable[..., Tensor]) -> tuple[str, ...]:
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_ONLY)
+def _is_schedule(function: Callable[..., Tensor], name: str, knob: object) -> bool:
+    """Whether a knob changes from step to step, rather than being a function that the loss itself asks for."""
+    if isinstance(knob, Adaptive):
+        return True
+    return callable(knob) and get_type_hints(function).get(name) in (float, int)
+
+
+def _temperature(function: Callable[..., Tensor], knobs: Mapping[str, Any]) -> float:
+    """A loss without such a knob compares at 1."""
+    declared = keywords(function).get("temperature")
+    given = knobs.get("temperature", 1.0 if declared is None else declared.default)
+    return float(given) if isinstance(given, (int, float)) else math.nan
+
+
+def _said(number: object) -> str:
+    """A weight or knob in words that are the same in every process; functions have none."""
+    return "scheduled" if callable(number) else str(number)
 
 
 def _is_per_item(function: Callable[..., Tensor], place: str) -> bool:
@@ -106,7 +218,7 @@ def _is_per_item(function: Callable[..., Tensor], place: str) -> bool:
 
 
 def _checked(weight: float | Schedule, place: str) -> float | Schedule:
-    if callable(weight):
+    if callable(weight) or isinstance(weight, Adaptive):
         return weight
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise RecipeError(f"{place}.weight: found {weight!r}, expected a finite number or a schedule.")

@@ -31,8 +31,15 @@ TEACHER_SEED = 0
 
 
 def read_data(call: Call, *, seed: int) -> ImageData:
-    """The data of a section, in the order of this seed."""
-    data: ImageData = call(seed=seed)
+    """The data of a section, in the order of this seed. Raises RecipeError for text, which recipes do not take yet."""
+    from potstill.data import ImageData
+
+    data = call(seed=seed)
+    if not isinstance(data, ImageData):
+        raise RecipeError(
+            f"data.use: {call.use} gives text, and recipes train on pictures so far. Text is trained on from Python; "
+            "benchmarks/language.py of the project shows how."
+        )
     return data
 
 

@@ -53,9 +53,22 @@ def schema() -> dict[str, Any]:
 
 
 def _terms() -> dict[str, Any]:
-    weight = {"oneOf": [{"type": "number"}, _one_of(parts("schedule"))], "default": 1.0}
-    at = {"oneOf": [{"type": "array", "items": TEXT}, {"type": "object", "additionalProperties": TEXT}]}
-    return _one_of(parts("loss"), more={"weight": weight, "at": at})
+    schedules = _one_of(parts("schedule"))
+    weigh = {"anyOf": [{"enum": list(parts("weight"))}, {"type": "string", "pattern": ":"}]}
+    more = {
+        "weight": {"oneOf": [{"type": "number"}, schedules], "default": 1.0},
+        "at": {"oneOf": [{"type": "array", "items": TEXT}, {"type": "object", "additionalProperties": TEXT}]},
+        "over": {**TEXT, "default": "mask"},
+        "only": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "weigh": weigh,
+        "select": _object({"by": weigh, "fraction": {"type": "number"}}, required=["by", "fraction"]),
+    }
+    found = _one_of(parts("loss"), more=more)
+    for alternative in found["oneOf"]:
+        for name, knob in alternative["properties"].items():
+            if name not in more and knob.get("type") == "number":
+                alternative["properties"][name] = {"oneOf": [knob, schedules], "default": knob.get("default")}
+    return found
 
 
 def _one_of(

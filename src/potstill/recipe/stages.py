@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from potstill.core.catalog import find, parts
+from potstill.core.catalog import check_keywords, find, parts
 from potstill.core.errors import RecipeError
 from potstill.recipe.calls import Call, check_call, check_fit, check_keys, section_of, written_fit
 from potstill.recipe.signature import check_knobs, in_full, typed
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from potstill.objective.term import Term
 
 KEYS = ("objective", "train", "fit", "data")
+TERM_KEYS = ("use", "weight", "at", "over", "only", "weigh", "select")
+"""What a term's line may say beside the knobs of its loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,16 +110,39 @@ def _term(line: Tree, *, taught: bool, place: str) -> Term:
     loss = find("loss", use, place=f"{place}.use")
     at = line.get("at", [])
     pairs = typed(at, dict[str, str] if isinstance(at, dict) else list[str], place=f"{place}.at")
-    knobs = check_knobs(loss, _knobs(line), place=place)
+    scheduled = {name: knob for name, knob in _knobs(line).items() if isinstance(knob, dict) and "use" in knob}
+    plain = {name: knob for name, knob in _knobs(line).items() if name not in scheduled}
+    # A misspelt name first: it would read as a knob that takes no schedule.
+    check_keywords(loss, _knobs(line), place=place)
+    knobs: dict[str, Any] = check_knobs(loss, plain, place=place, optional=frozenset(scheduled))
+    knobs |= {name: check_call("schedule", knob, place=f"{place}.{name}")() for name, knob in scheduled.items()}
     # The weight is left to term where it is not given: its default stands there.
     weight = [_weight(line["weight"], place=f"{place}.weight")] if "weight" in line else []
-    made = term(loss, *weight, at=pairs, place=place, **knobs)
+    made = term(loss, *weight, at=pairs, place=place, **_where(line, place), **knobs)
     heard = [name for name in made.reads if name.startswith("teacher_")]
     if heard and not taught:
         raise RecipeError(
             f"{place}: {use} reads {heard[0]}, but this arm has no teacher. Name one, or take another loss."
         )
     return made
+
+
+def _where(line: Mapping[str, Tree], place: str) -> dict[str, Any]:
+    """Which positions a term counts and how much, as keywords of `term`; what is not written is left to it."""
+    from potstill.objective import top
+
+    kinds = {"over": str, "only": dict[str, int], "weigh": str}
+    given = {key: typed(line[key], kind, place=f"{place}.{key}") for key, kind in kinds.items() if key in line}
+    if "select" in line:
+        here = f"{place}.select"
+        if not isinstance(line["select"], dict) or set(line["select"]) != {"by", "fraction"}:
+            raise RecipeError(
+                f"{here}: found {name_of(line['select'])}, expected {{by: student_entropy, fraction: 0.2}}."
+            )
+        by, fraction = line["select"]["by"], line["select"]["fraction"]
+        weight = typed(by, str, place=f"{here}.by")
+        given["select"] = top(weight, fraction=typed(fraction, float, place=f"{here}.fraction"), place=here)
+    return given
 
 
 def _weight(weight: Tree, *, place: str) -> float | Schedule:
@@ -131,10 +156,10 @@ def _weight(weight: Tree, *, place: str) -> float | Schedule:
 def _written_term(line: Tree) -> dict[str, Tree]:
     """A checked line in full."""
     assert isinstance(line, dict)
-    head: dict[str, Tree] = {key: line[key] for key in ("use", "weight", "at") if key in line}
+    head: dict[str, Tree] = {key: line[key] for key in TERM_KEYS if key in line}
     loss: Callable[..., object] = find("loss", str(line["use"]))
     return {**head, **in_full(loss, _knobs(line))}
 
 
 def _knobs(line: Mapping[str, Tree]) -> dict[str, Tree]:
-    return {key: value for key, value in line.items() if key not in ("use", "weight", "at")}
+    return {key: value for key, value in line.items() if key not in TERM_KEYS}

@@ -17,6 +17,7 @@ from potstill.objective.representations import width
 from potstill.objective.term import check_labels
 from potstill.students.heads import Equipped, equip
 from potstill.students.module import as_student
+from potstill.teachers.hf import HfTeacher
 from potstill.teachers.local import Local
 
 
@@ -79,7 +80,7 @@ class Offline:
         self.teacher = teacher
         self._equipped = Equipped(self.student, {}, {})
         self._bound: nn.Module = self._equipped
-        if isinstance(teacher, Local) and set(teacher.parameters()) & set(self.student.parameters()):
+        if isinstance(teacher, Local | HfTeacher) and set(teacher.parameters()) & set(self.student.parameters()):
             raise RecipeError(
                 "Offline: student and teacher share parameters, which the teacher has frozen. Give the teacher a copy "
                 "of its own: teachers.local(copy.deepcopy(model))."
@@ -120,7 +121,7 @@ class Offline:
                 for request, head in zip(requests, self._equipped.heads.values(), strict=True)
             ),
             num_student_parameters=_count(self.student),
-            num_teacher_parameters=self.teacher.num_parameters if isinstance(self.teacher, Local) else None,
+            num_teacher_parameters=self.teacher.num_parameters if isinstance(self.teacher, Local | HfTeacher) else None,
             loss=float(outcome.total),
             terms=dict(zip(objective.labels, outcome.terms.tolist(), strict=True)),
         )

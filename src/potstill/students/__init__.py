@@ -1,7 +1,25 @@
 """Floor 2: who learns. A student is an nn.Module that answers a batch with a Signal."""
 
+from potstill.students.hf import HfModel, hf, hf_fresh
+from potstill.students.lora import Adapted, adapted, lora, qlora
 from potstill.students.module import Module, module
 from potstill.students.vision import mobilenet, plain_cnn, resnet, wrn
 from potstill.students.vision_tokens import mlp, vit
 
-__all__ = ["Module", "mlp", "mobilenet", "module", "plain_cnn", "resnet", "vit", "wrn"]
+__all__ = [
+    "Adapted",
+    "HfModel",
+    "Module",
+    "adapted",
+    "hf",
+    "hf_fresh",
+    "lora",
+    "mlp",
+    "mobilenet",
+    "module",
+    "plain_cnn",
+    "qlora",
+    "resnet",
+    "vit",
+    "wrn",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -47,23 +47,17 @@ class Module(nn.Module):
     def forward(self, batch: Batch, need: Need) -> Signal:
         if not need:
             return Signal()
-        with _recording(self._taps(need)) as features:
+        with recording(self.model, need.features) as features:
             output = self.model(*self._arguments(batch))
         return Signal(logits=_logits(output, self.model) if need.logits else None, features=features)
 
     def check(self, need: Need) -> None:
         """Raises SignalError where a layer does not exist, naming the nearest that does. Runs nothing."""
-        self._taps(need)
+        _taps(self.model, need.features)
 
     def layers(self) -> tuple[str, ...]:
         """The dotted names that can be asked for, in the order the model lists them."""
         return tuple(_modules(self.model))
-
-    def _taps(self, need: Need) -> list[_Tap]:
-        if not need.features:
-            return []
-        modules = _modules(self.model)
-        return [_tap(layer, modules, self.model) for layer in sorted(need.features)]
 
     def _arguments(self, batch: Batch) -> list[Tensor]:
         for name in self.inputs:
@@ -137,8 +131,12 @@ class _Tap:
 
 
 @contextmanager
-def _recording(taps: Sequence[_Tap]) -> Iterator[dict[str, Tensor]]:
-    """Hooks for the time of one forward, gone afterwards also where it fails; the answer is filled in at the end."""
+def recording(model: nn.Module, layers: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    """The named layers during one forward of `model`; the answer is filled in at the end.
+
+    The hooks are gone afterwards, also where the forward fails. Raises SignalError as `Module` does.
+    """
+    taps = _taps(model, layers)
     features: dict[str, Tensor] = {}
     with ExitStack() as cleanup:
         if any(tap.compiled for tap in taps):
@@ -147,6 +145,13 @@ def _recording(taps: Sequence[_Tap]) -> Iterator[dict[str, Tensor]]:
             cleanup.callback(tap.listen().remove)
         yield features
     features.update((tap.layer, tap.take()) for tap in taps)
+
+
+def _taps(model: nn.Module, layers: Collection[str]) -> list[_Tap]:
+    if not layers:
+        return []
+    modules = _modules(model)
+    return [_tap(layer, modules, model) for layer in sorted(layers)]
 
 
 def _tap(layer: str, modules: Mapping[str, tuple[nn.Module, bool]], model: nn.Module) -> _Tap:

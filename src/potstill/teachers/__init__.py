@@ -1,5 +1,20 @@
 """Floor 3: who teaches. A teacher is a frozen function of a batch."""
 
+from potstill.teachers.hf import AdaptersOff, HfTeacher, adapters_off, hf
 from potstill.teachers.local import Local, load_weights, local
+from potstill.teachers.remembered import Remembered, build, remembered
+from potstill.teachers.verified import verify
 
-__all__ = ["Local", "load_weights", "local"]
+__all__ = [
+    "AdaptersOff",
+    "HfTeacher",
+    "Local",
+    "Remembered",
+    "adapters_off",
+    "build",
+    "hf",
+    "load_weights",
+    "local",
+    "remembered",
+    "verify",
+]
