@@ -123,7 +123,8 @@ def gradient_error(name: str, width: int, num_classes: int) -> float:
     """Largest difference of a gradient entry between the chunked and the dense path, over the largest entry."""
     found = []
     for path in ("dense", "chunked"):
-        student, teacher, batch = problem(200, width, num_classes, "cpu")
+        # More rows than two chunks hold, and not a multiple.
+        student, teacher, batch = problem(600, width, num_classes, "cpu")
         PATHS[path](name, student, teacher, batch).backward()
         assert student.hidden.grad is not None and student.weight.grad is not None
         found.append((student.hidden.grad, student.weight.grad))

@@ -4,7 +4,7 @@
     python benchmarks/gain.py --quick   # every method for a few steps on the digits: does it run? Nothing is written
 
 The recipes run as shipped, weights included. What changes is named here: the data, one teacher for all, the number of
-steps. No weight was chosen on the test images, and all scores are those of the last step. The teacher's answers are
+steps. No weight was tuned here, and all scores are those of the last step. The teacher's answers are
 remembered, since nothing is augmented: time per step is the student's, with the comparison.
 
 The teacher has learnt from all 60,000 training images, students see 10,000 of them. Two settings: "same data", where
@@ -319,7 +319,7 @@ def print_report(
     print(
         f"{Path(data).name}, {size.images:,} training and {size.test_images:,} test images, {size.steps} steps, "
         f"seeds {', '.join(map(str, size.seeds))}, last step; mean +- sample standard deviation. "
-        f"Teacher: {100 * teacher_accuracy:.2f} %. All runs together: {seconds / 60:.1f} minutes of one core."
+        f"Teacher: {100 * teacher_accuracy:.2f} %. The clocks of all runs add up to {seconds / 60:.1f} minutes."
     )
     for setting, rows in tables.items():
         print(f"\n### {setting.capitalize()}\n")

@@ -36,6 +36,8 @@ def started(*words: str) -> subprocess.Popen[str]:
         [sys.executable, "-m", "potstill", *words],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # A test suite in the background of a shell ignores ^C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

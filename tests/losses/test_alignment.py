@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 
@@ -58,7 +59,7 @@ def said(teacher: Tensor, *, entries: int = 4) -> dict[str, Tensor]:
         "teacher_nearest_ids": law.topk(entries).indices,
         "teacher_nearest_log_probs": law.topk(entries).values.masked_fill(~BEGINS[:, None], -math.inf),
     }
-    for start, stop in zip(places, places[1:], strict=False):
+    for start, stop in itertools.pairwise(places):
         inside = [at for at in range(start, stop) if INSIDE[at]]
         label = int(LABELS[start])
         others = [token for token in law[start].argsort(descending=True).tolist() if token != label]
@@ -183,7 +184,9 @@ def test_extreme_logits_give_a_finite_value_and_gradient(loss: Loss, scale: floa
 @every
 def test_no_spans_give_zeros_with_a_graph(loss: Loss) -> None:
     told = said(logits(seed=2))
-    none = {name: torch.zeros_like(t) if t.dim() == 1 or "ids" in name or "probs" in name else t for name, t in told.items()}
+    none = {
+        name: torch.zeros_like(t) if t.dim() == 1 or "ids" in name or "probs" in name else t for name, t in told.items()
+    }
     for name in ("teacher_shared_log_probs", "teacher_nearest_log_probs"):
         none[name] = torch.full_like(told[name], -math.inf)
     student = logits(seed=1).requires_grad_()
@@ -231,10 +234,10 @@ def test_a_store_may_give_ids_and_spans_as_numbers_with_a_point(loss: Loss) -> N
 def test_gradient_steps_bring_the_student_to_its_teacher(loss: Loss) -> None:
     student, told = logits(seed=1).requires_grad_(), said(logits(seed=2))
     start = apply(loss, student, told).mean()
-    for step in range(150):
+    for step in range(300):
         gradient = gradient_of(apply(loss, student, told), student)
-        student = (student - 0.95**step * gradient / gradient.norm().clamp(min=1e-12)).detach().requires_grad_()
-    assert apply(loss, student, told).mean() < 2e-2 * start
+        student = (student - 0.98**step * gradient / gradient.norm().clamp(min=1e-12)).detach().requires_grad_()
+    assert apply(loss, student, told).mean() < 5e-2 * start
 
 
 # ULD

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
-import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,17 +18,18 @@ from potstill.core.types import Batch, Lesson, Need, Signal, Sparse
 from potstill.objective import Objective, term
 from potstill.schemes import Offline
 from potstill.stores import Top
+from potstill.students.hf import HfModel
 from potstill.students.module import module
 from potstill.students.pretrained import read_tokenizer
 from potstill.teachers import hf
-from potstill.teachers.aligned import Aligned, aligned
+from potstill.teachers.aligned import Aligned, aligned, beside
 from potstill.teachers.answers import WORDS
 from potstill.teachers.remembered import build, remembered
 from potstill.teachers.spans import Span, matched
 from potstill.teachers.spelling import Spelling
 from tests.data.places import shared
-from tests.students.lm import stories_folder
-from tests.teachers.tongues import Table, bytewise, pairwise, random_law, rewriting, rows, trained
+from tests.students.lm import stories_folder, tiny
+from tests.teachers.tongues import SPECIALS, Table, bytewise, pairwise, random_law, rewriting, rows, trained
 
 EVERYTHING = Need(logits=True, features=frozenset(WORDS))
 
@@ -70,7 +72,7 @@ def test_spans_cover_the_text_once_in_order_and_spell_the_same(text: str, own_cu
 
     def cut(places: list[int]) -> list[bytes]:
         edges = [0, *sorted({at for at in places if 0 < at < len(content)}), len(content)]
-        return [content[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        return [content[a:b] for a, b in itertools.pairwise(edges)]
 
     own, theirs = cut(own_cuts), cut(their_cuts)
     spans = list(matched(own, theirs))
@@ -113,9 +115,9 @@ def test_the_teacher_is_shown_the_same_text_in_its_own_tokens() -> None:
     batch = rows(student, "In 2024 the cat caf\u00e9")
     aligned(table, student_tokenizer=student, teacher_tokenizer=teacher)(batch, EVERYTHING)
     [asked] = table.asked
-    expected = [teacher.bos_token_id, *teacher("In 2024 the cat caf\u00e9").input_ids]
+    expected = [teacher.bos_token_id, *teacher("In 2024 the cat caf\u00e9").input_ids, teacher.eos_token_id]
     assert asked.inputs["input_ids"].tolist() == [expected]
-    assert asked.labels[0, -1] == teacher.eos_token_id
+    assert asked.labels[0, :-1].tolist() == expected[1:]
 
 
 @pytest.mark.parametrize("splits", [(True, False), (False, True)], ids=["student splits", "teacher splits"])
@@ -125,29 +127,43 @@ def test_span_log_probs_add_up_to_the_log_prob_of_the_text(splits: tuple[bool, b
     law = random_law(len(teacher))
     said = between(student, teacher, law)(batch, EVERYTHING)
     ids = [teacher.bos_token_id, *teacher("In 2024 and 1999 caf\u00e9s").input_ids, teacher.eos_token_id]
-    steps = [law((before,)).log_softmax(-1)[after] for before, after in zip(ids, ids[1:], strict=False)]
+    steps = [law((before,)).log_softmax(-1)[after] for before, after in itertools.pairwise(ids)]
     torch.testing.assert_close(log_probs_of(said).sum(), torch.stack(steps).sum().float())
 
 
-def test_models_of_bytes_agree_on_every_span_whatever_the_tokens() -> None:
-    # A teacher that always merges "ab" and whose law follows from one Markov chain over bytes: in a chain that never
-    # leaves the texts in which a is followed by b, its token's probability is that of its bytes.
-    chain = {"<": {"a": 0.25, "c": 0.75}, "b": {"a": 0.5, "c": 0.25, ">": 0.25}, "c": {"a": 0.125, "c": 0.5, ">": 0.375}}
-    student, teacher = bytewise(), pairwise("ab")
-    names = {i: piece for piece, i in teacher.get_vocab().items()}
-    letters = {"<s>": "<", "ab": "b", "c": "c"}
+CHAIN = {
+    "<s>": {"a": 0.25, "c": 0.75},
+    "a": {"b": 1.0},
+    "b": {"a": 0.5, "c": 0.25, "</s>": 0.25},
+    "c": {"a": 0.125, "c": 0.5, "</s>": 0.375},
+}
+"""A Markov chain over bytes in which every a is followed by b: merging "ab" then changes nothing about any text."""
+
+
+def byte_law(tokenizer) -> Callable[[tuple[int, ...]], Tensor]:
+    """What the chain says of a tokenizer's next token."""
+    names = {token: piece for piece, token in tokenizer.get_vocab().items()}
+    merges = "ab" in tokenizer.get_vocab()
 
     def law(prefix: tuple[int, ...]) -> Tensor:
-        after = chain[letters[names[prefix[-1]]]]
-        probs = {"ab": after["a"], "c": after["c"], "</s>": after.get(">", 0.0)}
-        return torch.tensor([probs.get(names[token], 0.0) for token in range(len(teacher))]).log()
+        last = names[prefix[-1]]
+        after = CHAIN.get(last if last in SPECIALS.values() else last[-1], {"c": 1.0})
+        probs = {"ab" if merges and piece == "a" else piece: p for piece, p in after.items()}
+        return torch.tensor([probs.get(names[token], 0.0) for token in range(len(tokenizer))]).log()
 
-    said = between(student, teacher, law)(rows(student, "abccab"), EVERYTHING)
-    expected = [0.25, 1.0, 0.25, 0.5, 0.125, 1.0, 0.25]
-    got = [math.exp(value) for value in log_probs_of(said)[0].tolist()]
+    return law
+
+
+def test_one_model_of_bytes_says_the_same_of_every_span_in_both_tokenizations() -> None:
+    student, teacher = bytewise(), pairwise("ab")
+    batch = rows(student, "abccab")
+    said = between(student, teacher, byte_law(teacher))(batch, EVERYTHING)
     assert said.features["span"][0].tolist() == [1, 2, 1, 1, 1, 2, 1, 0]
-    assert got == pytest.approx([0.25, 1, 0.25, 0.5, 0.125, 1, 0.25, 1])
-    assert math.prod(got) == pytest.approx(math.prod(expected))
+    begins = said.features["span"] == 1
+    assert log_probs_of(said)[begins].exp().tolist() == pytest.approx([0.25, 0.25, 0.5, 0.125, 0.25])
+    own = Table(byte_law(student))(batch, Need(logits=True))
+    objective = Objective(term("alm"))
+    assert objective(Lesson(student=own, teacher=said), batch).item() == pytest.approx(0.0, abs=1e-9)
 
 
 def test_digits_survive_where_only_the_student_splits_them() -> None:
@@ -167,7 +183,7 @@ def test_digits_survive_where_only_the_teacher_splits_them() -> None:
     said = between(student, teacher, law)(rows(student, "In 2024 the"), EVERYTHING)
     assert said.features["span"][0].tolist() == [1, 1, 1, 1, 0]
     path = teacher("In 2024").input_ids
-    steps = [law((a,)).log_softmax(-1)[b] for a, b in zip(path, path[1:], strict=False)]
+    steps = [law((a,)).log_softmax(-1)[b] for a, b in itertools.pairwise(path)]
     assert log_probs_of(said)[0, 1].item() == pytest.approx(float(sum(steps)))
 
 
@@ -282,14 +298,12 @@ def test_special_tokens_are_matched_by_the_part_they_play() -> None:
     teacher.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     student.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<other>"]})
     table = Table(random_law(len(teacher)))
-    asker = aligned(
-        table, student_tokenizer=student, teacher_tokenizer=teacher, special={"<|im_end|>": "<turn>"}
-    )
+    asker = aligned(table, student_tokenizer=student, teacher_tokenizer=teacher, special={"<|im_end|>": "<turn>"})
     said = asker(rows(student, "a<|im_end|>b<other>c"), EVERYTHING)
     ids = table.asked[0].inputs["input_ids"][0].tolist()
     other = teacher("<other>").input_ids
     piece = teacher.convert_tokens_to_ids
-    assert ids == [piece("<s>"), piece("a"), piece("<turn>"), piece("b"), *other, piece("c")]
+    assert ids == [piece("<s>"), piece("a"), piece("<turn>"), piece("b"), *other, piece("c"), piece("</s>")]
     # A special token that the teacher lacks is shown to it as text, and nobody learns to say it.
     assert said.features["span"][0].tolist() == [1, 1, 1, 0, 1, 1, 0]
 
@@ -441,3 +455,50 @@ def test_the_sure_teacher_of_stories_finds_a_span_for_every_byte(stories) -> Non
     assert cover.in_spans == cover.positions and cover.broken == 0
     # 1.45 nats per token on such stories (its README), here without their later, easier parts.
     assert -2.5 < float(log_probs_of(said).sum()) / float(teacher._cross(batch).batch.mask.sum()) < -1.0
+
+
+# Beside
+
+
+def test_a_teacher_beside_answers_at_its_own_tokens() -> None:
+    student, teacher = bytewise(), trained(splits_digits=False)
+    table = Table(random_law(len(teacher)))
+    asker = beside(table, student_tokenizer=student, teacher_tokenizer=teacher)
+    said = asker(rows(student, "the cat", "In 2024 the", prompt=3), Need(logits=True, features=frozenset({"labels"})))
+    pieces = [teacher.convert_ids_to_tokens([i for i in row if i >= 0]) for row in said.features["labels"].tolist()]
+    assert pieces == [["\u0120cat", "</s>"], ["\u0120the", "</s>"]]
+    assert table.asked[0].mask.shape == said.features["labels"].shape
+
+
+def test_packed_rows_have_no_teacher_beside() -> None:
+    student, teacher = bytewise(), trained(splits_digits=False)
+    batch = rows(student, "the cat")
+    halves = torch.tensor([[1] * 4 + [2] * (batch.mask.shape[1] - 4)])
+    packed = Batch(keys=("k",), inputs={**batch.inputs, "segments": halves}, labels=batch.labels, mask=batch.mask)
+    asker = beside(Table(random_law(len(teacher))), student_tokenizer=student, teacher_tokenizer=teacher)
+    with pytest.raises(SignalError, match="one text per row"):
+        asker(packed, Need(logits=True))
+
+
+def test_dual_space_distillation_trains_the_student_and_its_projections() -> None:
+    student, folder = bytewise(), str(stories_folder())
+    learner = HfModel(tiny("llama", vocab_size=len(student)), tokenizer=student)
+    scheme = Offline(learner, beside(hf(folder), student_tokenizer=student, teacher_tokenizer=folder))
+    batch = rows(student, "Once upon a time", "The dog ran.")
+    objective = Objective(term("dskd", at=["hidden/0"]))
+    scheme.prepare(objective, batch)
+    module = scheme.learners()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    losses = []
+    for _ in range(12):
+        [lesson] = scheme.lessons(batch, objective.need("student"), objective.need("teacher"))
+        value = objective(lesson, batch)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < 0.9 * losses[0]
+    heads = {name for name, parameter in module.named_parameters() if ".query" in name or "_teacher." in name}
+    assert len(heads) == 3
+    assert all(parameter.grad.any() for name, parameter in module.named_parameters() if name in heads)
+    assert learner.model.model.layers[0].mlp.up_proj.weight.grad.any()

@@ -16,7 +16,11 @@ from potstill.core.types import IGNORED, Batch, Dense, Need, Signal
 from potstill.core.vocabulary import fingerprint
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-CORPUS = ["In 2024 and in 2025 there were 2024 cats and 1999 dogs.", "the cat saw the other cat in 2024", "caf\u00e9 2024"]
+CORPUS = [
+    "In 2024 and in 2025 there were 2024 cats and 1999 dogs.",
+    "the cat saw the other cat in 2024",
+    "caf\u00e9 2024",
+]
 
 
 def fast(tokenizer: Tokenizer, **names: str) -> PreTrainedTokenizerFast:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from potstill.core.errors import SignalError, unknown
-from potstill.core.types import Batch, Lesson, Logits
+from potstill.core.types import Batch, Lesson, Logits, Projection
 from potstill.objective.representations import Kept, dense, heard
 from potstill.objective.selection import LOGITS
-from potstill.objective.term import ALL_LAYERS, ONE_LAYER, Term
+from potstill.objective.term import ALL_LAYERS, FACTORS, FACTORS_OF, ONE_LAYER, Term
 
 Side: TypeAlias = Literal["student", "teacher"]
+SIDES: tuple[Side, Side] = ("student", "teacher")
 
 
 def counted(term: Term, lesson: Lesson, batch: Batch, *, chunk_bytes: int) -> Tensor:
@@ -35,7 +36,7 @@ def named_in(lesson: Lesson, batch: Batch, term: Term, reads: Iterable[str], kee
 
     SignalError for an extra or an output that is not there.
     """
-    elsewhere = LOGITS | ONE_LAYER | ALL_LAYERS | set(term.head_outputs())
+    elsewhere = LOGITS | ONE_LAYER | ALL_LAYERS | FACTORS | set(term.head_outputs())
     named = {}
     for name in reads:
         if name == "labels":
@@ -56,6 +57,24 @@ def logits_in(lesson: Lesson, term: Term, keep: Kept) -> dict[str, Tensor]:
     student = dense(keep.of_logits(_logits(lesson, "student", term))) if "student_logits" in term.reads else None
     teacher = keep.of_logits(_logits(lesson, "teacher", term)) if "teacher_logits" in term.reads else None
     return heard(student, teacher, term.reads, term.card, temperature=term.temperature)
+
+
+def factors_in(lesson: Lesson, term: Term, keep: Kept) -> dict[str, Tensor]:
+    """Among what a term reads, the states before a side's head, and the head. SignalError where it is not plain."""
+    named = {}
+    for side in SIDES:
+        states, head = FACTORS_OF[side]
+        if {states, head}.isdisjoint(term.reads):
+            continue
+        logits = _logits(lesson, side, term)
+        plain = isinstance(logits, Projection) and logits.bias is None and logits.scale == 1.0 and not logits.softcap
+        if not isinstance(logits, Projection) or not plain:
+            raise SignalError(
+                f"{term.card.name} takes the {side}'s head apart, which must be a plain matrix, not yet applied, "
+                "without bias, scale or soft cap. Take a language model of that kind."
+            )
+        named[states], named[head] = keep.of(logits.hidden), logits.weight.detach()
+    return named
 
 
 def layer_in(

@@ -12,10 +12,10 @@ from torch import Tensor
 from potstill.core.errors import RecipeError, SignalError
 from potstill.core.types import Batch, Lesson, Logits, Need, Projection
 from potstill.objective import chunked
-from potstill.objective.binding import counted, head_key, layer_in, logits_in, named_in, nothing
+from potstill.objective.binding import counted, factors_in, head_key, layer_in, logits_in, named_in, nothing
 from potstill.objective.representations import Kept, heard, rows, width
 from potstill.objective.schedules import Adaptive, State, value_at
-from potstill.objective.term import ALL_LAYERS, ONE_LAYER, Term, check_labels
+from potstill.objective.term import ALL_LAYERS, FACTORS_OF, ONE_LAYER, Term, check_labels
 
 Memory: TypeAlias = Mapping[str, State]
 """What the adaptive schedules of an objective know after some steps, by "term.knob". Empty where there are none."""
@@ -78,7 +78,7 @@ class Objective:
             if side == "teacher":
                 features.update(name.removeprefix("teacher_") for name in term.teacher_outputs())
         return Need(
-            logits=any(f"{side}_logits" in term.asks for term in self.terms),
+            logits=any(not term.asks.isdisjoint((f"{side}_logits", *FACTORS_OF[side])) for term in self.terms),
             features=frozenset(features),
         )
 
@@ -228,7 +228,11 @@ class Objective:
                 f"{term.card.name} compares examples with each other and needs at least {term.card.min_examples} in a "
                 f"micro-batch; this one has {keep.num_rows}. Use a larger batch."
             )
-        named = {**named_in(lesson, batch, term, term.reads, keep), **logits_in(lesson, term, keep)}
+        named = {
+            **named_in(lesson, batch, term, term.reads, keep),
+            **logits_in(lesson, term, keep),
+            **factors_in(lesson, term, keep),
+        }
         if {"labels", "student_logits"} <= named.keys():
             check_labels(named["labels"], num_classes=named["student_logits"].shape[-1], card=term.card)
         if not term.reads_features:

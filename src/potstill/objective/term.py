@@ -19,6 +19,9 @@ from potstill.objective.selection import LOGITS, Top, Weight, positional, weight
 
 ONE_LAYER = frozenset({"student_feature", "teacher_feature"})
 ALL_LAYERS = frozenset({"student_features", "teacher_features"})
+FACTORS_OF = {side: (f"{side}_states", f"{side}_head") for side in ("student", "teacher")}
+FACTORS = frozenset(name for names in FACTORS_OF.values() for name in names)
+"""The two factors of a Projection: what the head is given, [B, T, H], and its weight, [V, H], without a gradient."""
 NEIGHBOURS = frozenset({"mask", "teacher_span"})
 """Who reads one of these looks at several positions at once."""
 
@@ -66,12 +69,12 @@ class Term:
 
     def teacher_outputs(self) -> tuple[str, ...]:
         """What it reads from the teacher beyond logits and layers: `teacher_<x>` is its feature x, at each position."""
-        known = LOGITS | ONE_LAYER | ALL_LAYERS
+        known = LOGITS | ONE_LAYER | ALL_LAYERS | FACTORS
         return tuple(name for name in self.reads if name.startswith("teacher_") and name not in known)
 
     def head_outputs(self) -> tuple[str, ...]:
         """What it reads from the student's training head beyond the feature itself."""
-        known = LOGITS | ONE_LAYER | ALL_LAYERS
+        known = LOGITS | ONE_LAYER | ALL_LAYERS | FACTORS
         return tuple(name for name in self.reads if name.startswith("student_") and name not in known)
 
     def weight_at(self, step: int, steps: int, state: State | None = None) -> float:

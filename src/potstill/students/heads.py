@@ -19,6 +19,7 @@ from torch.nn import functional
 from potstill.core.catalog import find, part
 from potstill.core.errors import SignalError
 from potstill.core.types import Batch, Need, Signal
+from potstill.losses.dual_space import behind
 
 Shape = tuple[int, ...]
 
@@ -113,6 +114,40 @@ def variational(student_shape: Shape, teacher_shape: Shape) -> nn.Module:
         _pointwise(arranged, out), nn.ReLU(), _pointwise(inner, out), nn.ReLU(), _pointwise(inner, out)
     )
     return _Variational(_Head(_layout(student_shape, teacher_shape), mean), teacher_shape)
+
+
+@part("head", paper="Zhang et al. 2024, dual-space distillation")
+def dual_space(student_shape: Shape, teacher_shape: Shape) -> nn.Module:
+    """From the embeddings of tokens (T, D), for a teacher's of width E: {"student_feature": queries [B, T, 2 E] of each
+    token with its next, "student_to_teacher": a map [E, D], "student_from_teacher": a map [D, E]}.
+
+    Raises SignalError for shapes that are no tokens.
+    """
+    if len(student_shape) != 2 or len(teacher_shape) != 2:
+        raise SignalError(
+            f"dual_space reads embeddings of tokens, (T, D), on both sides, found shapes {list(student_shape)} and "
+            f"{list(teacher_shape)}."
+        )
+    return _DualSpace(student_shape[-1], teacher_shape[-1])
+
+
+class _DualSpace(nn.Module):
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(2 * student_width, 2 * teacher_width, bias=False)
+        self.to_teacher = nn.Linear(student_width, teacher_width, bias=False)
+        self.from_teacher = nn.Linear(teacher_width, student_width, bias=False)
+        for layer in (self.query, self.to_teacher, self.from_teacher):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+
+    def forward(self, embeddings: Tensor) -> dict[str, Tensor]:
+        # Embeddings learn from what they are for, not from how they are asked.
+        both = torch.cat([embeddings, behind(embeddings)], dim=-1).detach()
+        return {
+            "student_feature": self.query(both),
+            "student_to_teacher": self.to_teacher.weight,
+            "student_from_teacher": self.from_teacher.weight,
+        }
 
 
 class _Head(nn.Module):

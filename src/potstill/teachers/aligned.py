@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,7 @@ from potstill.core.types import Batch, Dense, Logits, Need, Signal, Sparse, Teac
 from potstill.objective.representations import rows
 from potstill.teachers.answers import SHARED, WORDS, Shapes, answers
 from potstill.teachers.crossing import Coverage, Crossing, cross
+from potstill.teachers.crossing import beside as alongside
 from potstill.teachers.spans import Interpreter
 from potstill.teachers.spelling import Spelling
 from potstill.teachers.vocabularies import Nearest, same_bytes
@@ -69,16 +71,49 @@ def aligned(
         raise RecipeError(
             f"aligned: found entries {entries}, ranks {ranks}, longest {longest}; expected 2, 1, 1 or more."
         )
-    theirs = Spelling(_loaded(teacher_tokenizer), title="aligned.teacher_tokenizer")
-    theirs.check_faithful()
-    interpreter = Interpreter(
-        student=Spelling(_loaded(student_tokenizer), title="aligned.student_tokenizer"),
-        teacher=theirs,
-        special=dict(special or {}),
-        whole_words=whole_words,
-    )
-    _check_special(interpreter)
+    interpreter = _interpreter(student_tokenizer, teacher_tokenizer, special, whole_words=whole_words)
     return Aligned(teacher, interpreter, longest=longest, entries=entries, ranks=ranks)
+
+
+@part("teacher", paper="Zhang et al. 2024")
+def beside(
+    teacher: Teacher,
+    *,
+    student_tokenizer: str | PreTrainedTokenizerBase,
+    teacher_tokenizer: str | PreTrainedTokenizerBase,
+    special: Mapping[str, str] | None = None,
+) -> Beside:
+    """`teacher` on its own tokens of the same texts, for methods that find the counterparts themselves, such as dskd.
+
+    It answers at its own positions, a row for each row of the batch. The feature "labels" [B, U] says which token it
+    predicts where the student is asked for the same bytes. Arguments and errors as in `aligned`.
+    """
+    return Beside(teacher, _interpreter(student_tokenizer, teacher_tokenizer, special, whole_words=False))
+
+
+class Beside:
+    """Shows a teacher the same texts in its own tokens. Made by `beside`."""
+
+    LONGEST = 64
+    """Tokens of a span, as in `aligned`."""
+
+    def __init__(self, teacher: Teacher, interpreter: Interpreter) -> None:
+        self.teacher = teacher
+        self._interpreter = interpreter
+
+    @property
+    def identity(self) -> str:
+        return f"beside:{_digest(self.teacher.identity, self._interpreter)}"
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, need: Need) -> Signal:
+        """Raises SignalError for a batch of another tokenizer than the student's, and for packed rows."""
+        if not need:
+            return Signal()
+        _check_batch(batch, self._interpreter)
+        shown = alongside(batch, self._interpreter, longest=self.LONGEST)
+        said = self.teacher(shown, replace(need, features=need.features - {"labels"}))
+        return replace(said, features={**said.features, "labels": shown.labels})
 
 
 class Aligned:
@@ -101,18 +136,9 @@ class Aligned:
     @property
     def identity(self) -> str:
         """Follows from the teacher's, both tokenizers and all that was asked of `aligned`."""
-        both = self._interpreter
-        said = (
-            self.teacher.identity,
-            both.student.fingerprint,
-            both.teacher.fingerprint,
-            sorted(both.special.items()),
-            both.whole_words,
-            self._longest,
-            self._shapes.entries,
-            self._shapes.ranks,
-        )
-        return f"aligned:{hashlib.blake2b(repr(said).encode(), digest_size=16).hexdigest()}"
+        shapes = self._shapes
+        said = _digest(self.teacher.identity, self._interpreter, self._longest, shapes.entries, shapes.ranks)
+        return f"aligned:{said}"
 
     def coverage(self, batch: Batch) -> Coverage:
         """How much of a batch the teacher can speak about. Asks no model."""
@@ -135,13 +161,7 @@ class Aligned:
         return Signal(logits=self._logits(found) if need.logits else None, features=features)
 
     def _cross(self, batch: Batch) -> Crossing:
-        student = self._interpreter.student
-        if batch.vocabulary and batch.vocabulary != student.fingerprint:
-            raise SignalError(
-                f"{student.title}: the batch was made with another tokenizer. Give the one that the data are read with."
-            )
-        if "input_ids" not in batch.inputs:
-            raise SignalError("aligned reads the input 'input_ids'. Give it tokens: data of chats or texts.")
+        _check_batch(batch, self._interpreter)
         return cross(batch, self._interpreter, longest=self._longest)
 
     def _ask(self, crossing: Crossing) -> Logits:
@@ -161,6 +181,40 @@ class Aligned:
         """The shared tokens at one-to-one spans; nothing but the tail elsewhere."""
         log_probs = found["shared_log_probs"].masked_fill(~found["one_to_one"][..., None], -torch.inf)
         return Sparse(ids=found["shared_ids"], log_probs=log_probs, size=len(self._interpreter.student), kind="top")
+
+
+def _interpreter(
+    student_tokenizer: str | PreTrainedTokenizerBase,
+    teacher_tokenizer: str | PreTrainedTokenizerBase,
+    special: Mapping[str, str] | None,
+    *,
+    whole_words: bool,
+) -> Interpreter:
+    theirs = Spelling(_loaded(teacher_tokenizer), title="aligned.teacher_tokenizer")
+    theirs.check_faithful()
+    made = Interpreter(
+        student=Spelling(_loaded(student_tokenizer), title="aligned.student_tokenizer"),
+        teacher=theirs,
+        special=dict(special or {}),
+        whole_words=whole_words,
+    )
+    _check_special(made)
+    return made
+
+
+def _check_batch(batch: Batch, interpreter: Interpreter) -> None:
+    student = interpreter.student
+    if "input_ids" not in batch.inputs:
+        raise SignalError("aligned reads the input 'input_ids'. Give it tokens: data of chats or texts.")
+    if batch.vocabulary and batch.vocabulary != student.fingerprint:
+        raise SignalError(
+            f"{student.title}: the batch was made with another tokenizer. Give the one that the data are read with."
+        )
+
+
+def _digest(teacher: str, both: Interpreter, *more: int) -> str:
+    said = teacher, both.student.fingerprint, both.teacher.fingerprint, sorted(both.special.items()), both.whole_words
+    return hashlib.blake2b(repr((*said, *more)).encode(), digest_size=16).hexdigest()
 
 
 def _loaded(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

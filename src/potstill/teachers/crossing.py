@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from potstill.core.errors import SignalError
 from potstill.core.types import IGNORED, Batch
 from potstill.teachers.spans import Interpreter, Rendering, Span
 
@@ -90,7 +91,7 @@ def cross(batch: Batch, interpreter: Interpreter, *, longest: int) -> Crossing:
     begins = torch.ones_like(span_of, dtype=torch.bool)
     begins[1:] = span_of[1:] != span_of[:-1]
     return Crossing(
-        batch=_teacher_batch(taught, interpreter, device),
+        batch=_teacher_batch([(made, some) for _, made, some in taught], interpreter, device),
         own=own.to(device),
         starts=starts.to(device),
         one_to_one=torch.tensor([span.one_to_one for span in spans], dtype=torch.bool, device=device),
@@ -116,6 +117,23 @@ def cross(batch: Batch, interpreter: Interpreter, *, longest: int) -> Crossing:
             broken=sum(not made.whole for _, made in found),
         ),
     )
+
+
+def beside(batch: Batch, interpreter: Interpreter, *, longest: int) -> Batch:
+    """The teacher's row of each row of a batch, [B, U]; its labels are the tokens of spans that the batch counts.
+
+    Raises SignalError for a row that holds several texts: the teacher would have several rows of it.
+    """
+    texts = list(_texts(batch))
+    if [text.row for text in texts] != list(range(len(batch.mask))):
+        raise SignalError("This teacher reads one text per row. Switch packing off where the data are read.")
+    limit = interpreter.teacher.limit
+    shown = []
+    for text in texts:
+        made = interpreter.render(text.ids)
+        spans = [span for span in made.spans if _is_taught(span, text, longest=longest, limit=limit)]
+        shown.append((made, spans))
+    return _teacher_batch(shown, interpreter, batch.mask.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,25 +168,26 @@ def _is_taught(span: Span, text: _Text, *, longest: int, limit: int) -> bool:
         span.student_start > 0
         and span.teacher_start > 0
         and max(lengths) <= longest
-        and span.teacher_stop - 1 <= limit
+        and span.teacher_stop <= limit
         and all(text.counted[span.student_start : span.student_stop])
     )
 
 
 def _teacher_batch(
-    taught: Sequence[tuple[_Text, Rendering, list[Span]]], interpreter: Interpreter, device: torch.device
+    taught: Sequence[tuple[Rendering, list[Span]]], interpreter: Interpreter, device: torch.device
 ) -> Batch:
     """What the teacher is shown: each text up to the last token that it must predict, padded on the right."""
-    rows = [made.ids[: spans[-1].teacher_stop] for _, made, spans in taught]
-    width = max((len(row) - 1 for row in rows), default=0)
+    # Of a text without a span it sees one token: a row must not be empty.
+    rows = [made.ids[: spans[-1].teacher_stop if spans else 1] or [0] for made, spans in taught]
+    width = max(map(len, rows), default=0)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)
     real = torch.zeros_like(ids)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for number, (row, (_, _, spans)) in enumerate(zip(rows, taught, strict=True)):
-        ids[number, : len(row) - 1] = torch.tensor(row[:-1])
+    for number, (row, (_, spans)) in enumerate(zip(rows, taught, strict=True)):
+        ids[number, : len(row)] = torch.tensor(row)
         labels[number, : len(row) - 1] = torch.tensor(row[1:])
-        real[number, : len(row) - 1] = 1
+        real[number, : len(row)] = 1
         for span in spans:
             mask[number, span.teacher_start - 1 : span.teacher_stop - 1] = True
     positions = (real.cumsum(dim=1) - 1).clamp(min=0)
