@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 TARGET = Path(__file__).parent.parent / "docs" / "pictures" / "report.png"
-QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 
 def main() -> None:
