@@ -15,7 +15,7 @@ from potstill.students import Adapted, HfModel, adapted, hf, lora, qlora
 from tests.students.lm import stories_folder, tiny, tokens
 from tests.students.test_hf import LOGITS, ROWS, logits_of, own_logits
 
-pytest.importorskip("peft")
+pytest.importorskip("peft", reason="peft is not installed: pip install -e .[lora]")
 
 
 def loss_of(student, batch: Batch) -> torch.Tensor:
