@@ -28,12 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import potstill as ps
 from potstill.core.types import Source
 from potstill.students.hf import HfModel
-from potstill.students.layers import endpoints
 from potstill.tasks import arithmetic
 from potstill.tasks.arithmetic import Problem
 from potstill.teachers.hf import HfTeacher
@@ -77,7 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     teacher = ps.teachers.hf(arguments.teacher)
     held = arithmetic.problems(arguments.held, seed=arguments.held_seed, split="test")
-    start = inherited(arguments.teacher, layers=arguments.layers)
+    start = ps.students.hf_inherited(arguments.teacher, layers=arguments.layers)
     told = {
         "teacher": exact_match(teacher.student, held),
         "untrained": exact_match(start, held),
@@ -171,18 +169,6 @@ def trained(student: HfModel, arm: str, training: Training, out: Path) -> float:
     return run.last["loss"]
 
 
-def inherited(folder: str, *, layers: int) -> HfModel:
-    """The model with only so many of its blocks: the first, the last, and between them at even steps."""
-    student = ps.students.hf(folder)
-    blocks = student.model.model.layers
-    kept = endpoints(layers, len(blocks), "{}", origin=0)
-    student.model.model.layers = nn.ModuleList(blocks[int(number)] for number in kept.values())
-    for number, block in enumerate(student.model.model.layers):
-        block.self_attn.layer_idx = number
-    student.model.config.num_hidden_layers = layers
-    return student
-
-
 @torch.no_grad()
 def written(model: HfModel, questions: Sequence[str], *, together: int = 250) -> list[str]:
     """What the model answers, greedily. Questions of like length are asked side by side."""
@@ -208,7 +194,7 @@ def exact_match(model: HfModel, held: Sequence[Problem]) -> float:
     return sum(map(arithmetic.grade, held, said)) / len(held)
 
 
-def size(model: nn.Module) -> int:
+def size(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 

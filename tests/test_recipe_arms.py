@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from potstill.core.errors import RecipeError
@@ -173,7 +174,6 @@ def test_a_teacher_can_be_remembered_for_all_arms(images: Path, tmp_path: Path) 
 
 
 def test_the_schema_knows_arms(images: Path) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     known = jsonschema.Draft202012Validator(schema())
     assert known.is_valid(override(tiny.content(images), [ARMS]))
     assert not known.is_valid(override(tiny.content(images), [ARMS, "arms.plain.objektive=[]"]))

@@ -36,13 +36,19 @@ def solutions(teacher: HfModel) -> list[str]:
     return tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :])
 
 
-def test_it_solves_most_held_out_problems(solutions: list[str]) -> None:
+@pytest.fixture(scope="module")
+def answers(solutions: list[str]) -> list[str]:
+    """The same without the tokens that only end or fill them."""
+    return [solution.partition("<end>")[0] for solution in solutions]
+
+
+def test_it_solves_most_held_out_problems(answers: list[str]) -> None:
     held = problems(40, seed=3, split="test")
-    assert sum(map(grade, held, solutions)) >= 32
+    assert sum(map(grade, held, answers)) >= 32
 
 
-def test_most_of_its_solutions_hold_by_themselves(solutions: list[str]) -> None:
-    assert sum(map(holds, solutions)) >= 32
+def test_most_of_its_solutions_hold_by_themselves(answers: list[str]) -> None:
+    assert sum(map(holds, answers)) >= 32
 
 
 def test_it_ends_its_answers(solutions: list[str]) -> None:

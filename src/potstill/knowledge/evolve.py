@@ -10,6 +10,7 @@ from functools import cache
 from potstill.core.catalog import part
 from potstill.core.errors import RecipeError
 from potstill.core.writing import Example, Reply, Writer
+from potstill.knowledge.faults import is_short_and_sorry
 from potstill.knowledge.flow import each
 from potstill.knowledge.steps import Sampling, Step, chance, conversation, fill, prompt, refused
 
@@ -24,7 +25,6 @@ LEAKED = re.compile(
     r"\b(harder task|new task|given task|(first|second) task|task below|rewritten (task|prompt))\b", re.I
 )
 """Words of our own prompts that have no place in a task."""
-SORRY_WORDS = 80
 
 
 @part("elicitor", paper="Xu et al. 2023, arXiv:2304.12244 (WizardLM)")
@@ -97,7 +97,7 @@ def evol_instruct(
 
 def _eliminated(row: Example, reply: Reply, name: str) -> Example | None:
     words = re.findall(r"[a-z']+", reply.text.lower())
-    if "sorry" in words and len(reply.text.split()) < SORRY_WORDS:
+    if is_short_and_sorry(reply.text):
         return row.rejected(name, "the answer says sorry", raw=reply.text)
     has_number = any(character.isdigit() for character in reply.text)
     if not has_number and all(word in _stop_words() for word in words):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-import string
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from potstill.core.catalog import part
 from potstill.core.errors import RecipeError, RunError
 from potstill.core.writing import JSON, Example, Reply, Request, Rows, Writer
+from potstill.knowledge.faults import length_fault, opening_fault, word_fault
 from potstill.knowledge.filters import SELF_INSTRUCT_WORDS
 from potstill.knowledge.flow import each
 from potstill.knowledge.rouge import RougePool
@@ -315,19 +315,9 @@ def _request(sampling: Sampling, text: str, completion: bool, name: str) -> Requ
 
 def _fault(text: str) -> str:
     """What Self-Instruct drops by the instruction's own text."""
-    words = text.split()
-    if len(words) <= 3:
-        return "too short"
-    if len(words) > 150:
-        return "too long"
-    if text[0] in string.punctuation:
-        return "begins with punctuation"
-    if not text[0].isascii():
-        return "begins with a letter outside ASCII"
-    if text.startswith("Write a program"):
-        return "begins with 'Write a program'"
-    banned = next((word for word in SELF_INSTRUCT_WORDS if re.search(rf"\b{word}\b", text, re.IGNORECASE)), "")
-    return f"has the word '{banned}'" if banned else ""
+    return (
+        length_fault(text, min_words=4, max_words=150) or opening_fault(text) or word_fault(text, SELF_INSTRUCT_WORDS)
+    )
 
 
 def _block(number: int, row: Example) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import string
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -13,6 +11,14 @@ from pathlib import Path
 from potstill.core.catalog import find, part
 from potstill.core.errors import RecipeError
 from potstill.core.writing import Example
+from potstill.knowledge.faults import (
+    NOT_FOR_TEXT_MODELS,
+    SORRY_WORDS,
+    is_short_and_sorry,
+    length_fault,
+    opening_fault,
+    word_fault,
+)
 from potstill.knowledge.filtering import gated, text_filter
 from potstill.knowledge.steps import Step
 from potstill.tasks import json_schema as schemas
@@ -68,10 +74,10 @@ def length(
     """Bounds on words (between white space) and characters; Self-Instruct keeps instructions of 4 to 150 words."""
 
     def fault(text: str) -> str:
-        num_words, num_characters = len(text.split()), len(text)
-        if num_words < min_words or num_characters < min_characters:
+        if len(text) < min_characters:
             return "too short"
-        return "too long" if num_words > max_words or num_characters > max_characters else ""
+        within = length_fault(text, min_words=min_words, max_words=max_words)
+        return within or ("too long" if len(text) > max_characters else "")
 
     return text_filter(name, on, fault)
 
@@ -111,7 +117,7 @@ def copied_prompt(*, name: str = "copied_prompt") -> Step:
 
 @part("elicitor")
 def refusal(
-    *, on: str = "answer", openings: Sequence[str] = REFUSALS, sorry_words: int = 80, name: str = "refusal"
+    *, on: str = "answer", openings: Sequence[str] = REFUSALS, sorry_words: int = SORRY_WORDS, name: str = "refusal"
 ) -> Step:
     """Drops answers that begin like a refusal, or are shorter than `sorry_words` and say "sorry".
 
@@ -120,10 +126,9 @@ def refusal(
     begins = tuple(opening.lower() for opening in openings)
 
     def fault(text: str) -> str:
-        plain = text.replace("\u2019", "'").strip().lower()
-        if plain.startswith(begins):
+        if text.replace("\u2019", "'").strip().lower().startswith(begins):
             return "begins like a refusal"
-        return "short and sorry" if len(plain.split()) < sorry_words and re.search(r"\bsorry\b", plain) else ""
+        return "short and sorry" if is_short_and_sorry(text, words=sorry_words) else ""
 
     return text_filter(name, on, fault)
 
@@ -132,7 +137,7 @@ def refusal(
 def opening(
     *,
     on: str = "prompt",
-    forbidden: Sequence[str] = ("Write a program",),
+    forbidden: Sequence[str] = NOT_FOR_TEXT_MODELS,
     punctuation: bool = False,
     non_ascii: bool = False,
     name: str = "opening",
@@ -140,14 +145,7 @@ def opening(
     """How a text may begin; the last two knobs allow what Self-Instruct drops (Wang et al. 2022, repository)."""
 
     def fault(text: str) -> str:
-        first = text.strip()[:1]
-        if not first:
-            return "empty"
-        if not punctuation and first in string.punctuation:
-            return "begins with punctuation"
-        if not non_ascii and not first.isascii():
-            return "begins with a letter outside ASCII"
-        return next((f"begins with '{words}'" for words in forbidden if text.strip().startswith(words)), "")
+        return opening_fault(text, forbidden=forbidden, punctuation=punctuation, non_ascii=non_ascii)
 
     return text_filter(name, on, fault)
 
@@ -167,11 +165,9 @@ def banned_words(*, on: str = "prompt", words: Sequence[str] = SELF_INSTRUCT_WOR
     """Drops texts with one of these words or phrases, whole words, in any case."""
     if not words:
         raise RecipeError("banned_words.words: the list is empty. Give words, or leave the filter out.")
-    banned = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
 
     def fault(text: str) -> str:
-        found = banned.search(text)
-        return f"'{found[0].lower()}'" if found else ""
+        return word_fault(text, tuple(words))
 
     return text_filter(name, on, fault)
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from potstill.tasks.symbolic import equal_expressions
 
-HASHES = re.compile(r"####[ \t]*([^\n]+)")
+HASHES = re.compile(r"####[ \t]*((?:(?!####)[^\n])+)")
 """GSM8K (Cobbe et al. 2021)."""
 SAID = re.compile(r"\banswer is:?\s*(.+?)(?:[.!](?!\d)|\n|$)", re.IGNORECASE)
 LABELLED = re.compile(r"^(?:A|Answer|Final answer):[ \t]*([^\n]+)", re.MULTILINE | re.IGNORECASE)

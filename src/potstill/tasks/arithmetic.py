@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from potstill.tasks import answers
+
 Split: TypeAlias = Literal["train", "test"]
 
 LARGEST = 60
@@ -28,7 +30,7 @@ NAMES = (
     "Amy", "Dan", "Kim", "Ray", "Sue", "Bob", "Ella", "Hugo", "Lucy", "Omar", "Nina", "Paul",
 )  # fmt: skip
 EQUATION = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
-FINAL = re.compile(r"####\s*(-?\d+)(?!\d)")
+WHOLE = re.compile(r"-?\d+")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
@@ -84,9 +86,9 @@ def problems(num: int, *, seed: int, split: Split) -> list[Problem]:
 
 
 def final_answer(text: str) -> str | None:
-    """The number behind the last ####, or None where there is none."""
-    found = FINAL.findall(text)
-    return str(int(found[-1])) if found else None
+    """The whole number that `answers.final_answer` finds, or None where there is none."""
+    told = answers.final_answer(text)
+    return str(int(told)) if told is not None and WHOLE.fullmatch(told) else None
 
 
 def grade(problem: Problem, text: str) -> bool:

@@ -25,8 +25,6 @@ def word_problems(num: int, *, seed: int = 0, split: Split = "train") -> Task:
             yield Example.of(problem.question, reference=problem.answer, fields={"solution": problem.solution})
 
     def grade(example: Example, answer: str) -> float:
-        # An answer whose reasoning was cut off stands alone.
-        said = final_answer(answer) or final_answer(f"#### {answer}")
-        return float(said == example.reference)
+        return float(final_answer(answer) == example.reference)
 
     return Graded(read, grade)
