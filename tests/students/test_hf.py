@@ -12,6 +12,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from potstill.core.errors import DataError, RecipeError, SignalError, StorageError
 from potstill.core.types import Batch, Dense, Lesson, Need, Signal
@@ -22,6 +23,7 @@ from potstill.objective.representations import dense
 from potstill.students import HfModel, hf, hf_fresh
 from potstill.students.hf import checkpointing, positions_within
 from potstill.students.manners import observe
+from potstill.students.pretrained import WORTH_A_BAR, progress_for
 from tests.data.places import shared
 from tests.students.lm import CAUSAL, MASKED, V, from_ids, stories_folder, tiny, tokens
 
@@ -462,6 +464,20 @@ def test_loading_takes_nothing_from_the_random_stream():
     before = torch.get_rng_state()
     hf(str(stories_folder()))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_small_model_is_loaded_and_written_without_a_progress_bar(tmp_path, capsys):
+    hf(str(stories_folder())).export(tmp_path / "out")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_large_model_keeps_its_progress_bars():
+    enabled = []
+    with progress_for(WORTH_A_BAR):
+        enabled.append(logging.is_progress_bar_enabled())
+    with progress_for(WORTH_A_BAR - 1):
+        enabled.append(logging.is_progress_bar_enabled())
+    assert [*enabled, logging.is_progress_bar_enabled()] == [True, False, True]
 
 
 def test_an_encoder_folder_loads_without_its_head(tmp_path):

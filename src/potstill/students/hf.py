@@ -33,6 +33,7 @@ from potstill.students.pretrained import (
     find_folder,
     load_pretrained,
     make_fresh,
+    progress_for,
     read_config,
     read_tokenizer,
     resized,
@@ -269,7 +270,8 @@ def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     """Write a model and its tokenizer, whole or not at all."""
     with replacing(folder) as draft:
         draft.mkdir()
-        model.save_pretrained(draft)
+        with progress_for(model.get_memory_footprint()):
+            model.save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -26,6 +28,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.t
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 NOT_DOWNLOADED = ["*/*", "consolidated*"]
 """Subfolders hold other formats; consolidated weights are a second copy."""
+WORTH_A_BAR = 2**30
+"""Bytes of weights: fewer are loaded or written before a reader could look at a progress bar."""
 
 
 def find_folder(model: str) -> Path:
@@ -88,11 +92,13 @@ def load_pretrained(folder: Path, *, task: Task, dtype: DType, attention: Attent
     config = read_config(folder)
     auto = _auto_class(task, config, folder)
     how = {"dtype": getattr(torch, dtype), "attn_implementation": None if attention == "auto" else attention}
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     try:
-        model, told = auto.from_pretrained(
-            folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            **how, **_without_pooler(task, config), **more,
-        )  # fmt: skip
+        with progress_for(size):
+            model, told = auto.from_pretrained(
+                folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                **how, **_without_pooler(task, config), **more,
+            )  # fmt: skip
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise DataError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(told["missing_keys"])
@@ -103,6 +109,21 @@ def load_pretrained(folder: Path, *, task: Task, dtype: DType, attention: Attent
             f"architecture, or another task than '{task}'."
         )
     return model
+
+
+@contextmanager
+def progress_for(size: int) -> Iterator[None]:
+    """transformers draws its progress bars only for `size` bytes or more that are worth one."""
+    from transformers.utils import logging
+
+    if size >= WORTH_A_BAR or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def make_fresh(config: PretrainedConfig, *, task: Task, dtype: DType, attention: Attention) -> PreTrainedModel:
