@@ -28,6 +28,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -76,7 +77,17 @@ def term(loss: str) -> Term:
 
 
 def trained(
-    loss: str, seed: int, teacher: Teacher, *, steps: int, batch: int, length: int, layers: int, lr: float
+    loss: str,
+    seed: int,
+    teacher: Teacher,
+    *,
+    steps: int,
+    batch: int,
+    length: int,
+    layers: int,
+    lr: float,
+    schedule: Literal["cosine", "constant"],
+    warmup: int,
 ) -> dict[str, float]:
     """One student by one loss: its scores on the test stories."""
     torch.manual_seed(seed)
@@ -91,8 +102,8 @@ def trained(
             ps.Offline(student, taught),
             ps.Objective(term(loss)),
             stories.train,
-            steps=steps, lr=lr, optimizer="adamw", warmup=steps // 20, clip=1.0, checkpoint_every=steps,
-            out=f"{out}/run",
+            steps=steps, lr=lr, schedule=schedule, warmup=warmup or steps // 20, optimizer="adamw", clip=1.0,
+            checkpoint_every=steps, out=f"{out}/run",
         )  # fmt: skip
     told = asdict(ps.evaluate.evaluate(student, stories.test.batches(20), teacher=teacher))
     surprise, distinct = written(student, stories.test.batches(50), teacher)
@@ -137,6 +148,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine")
+    parser.add_argument("--warmup", type=int, default=0, help="steps; 0 is a twentieth of all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--losses", nargs="+", default=list(LOSSES))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/language.json"))
@@ -145,13 +158,13 @@ def main() -> None:
     table = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
     sizes = {name: getattr(arguments, name) for name in ("steps", "batch", "length", "layers")}
     setting = "x".join(str(size) for size in sizes.values())
-    if arguments.lr != parser.get_default("lr"):
-        setting += f" at {arguments.lr}"
+    how = {name: getattr(arguments, name) for name in ("lr", "schedule", "warmup")}
+    setting += "".join(f" {name} {value}" for name, value in how.items() if value != parser.get_default(name))
     for seed in arguments.seeds:
         for loss in arguments.losses:
             arm = f"{loss} {setting} {seed}"
             if arm not in table:
-                table[arm] = trained(loss, seed, teacher, **sizes, lr=arguments.lr)
+                table[arm] = trained(loss, seed, teacher, **sizes, **how)
                 arguments.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(
         "| loss | test perplexity | agreement | KL to the teacher | teacher's nats per written token | distinct pairs |"

@@ -4,12 +4,15 @@ The bytes of the student's tokens are tokenized anew for the teacher. Where both
 (METHODS_LLM E0); what the teacher says of a span stands at the student's position that predicts the span's first token,
 so an answer is laid out like the student's batch, can be remembered in a store, and is padded or packed like any other.
 
-`logits` are Sparse over the student's vocabulary: at one-to-one spans the teacher's likeliest tokens that the student
-has too, byte for byte, the rest of its mass in the tail bucket. Elsewhere the bucket holds everything, which every
-divergence takes for no lesson. Features, each [B, T] or [B, T, ...], zero where no span begins:
+`logits` are Sparse over the student's vocabulary: the law of the student's next token that follows from the teacher's
+law over its pieces, as the student would spell them (`respelled`). Where a token of the student reaches beyond the
+teacher's piece, the tail bucket holds everything, which every divergence takes for no lesson. Features, each [B, T] or
+[B, T, ...], zero where no span begins:
 
     span               1 where a span begins, 2 where it continues, 0 outside (the position that predicts the token)
     span_log_probs     log p(span), by the chain rule over the teacher's tokens
+    next_ids,          [K] what `logits` hold, at every token of a span; -inf pads
+    next_log_probs
     shared_ids,        [K] the student's ids of: first the span itself, then the teacher's likeliest other tokens that
     shared_log_probs   the student has too, its first token in the span not among them; -inf pads
     rest_probs         [R] the largest probabilities of all the teacher's tokens that are not in shared_ids, descending
@@ -35,15 +38,20 @@ from potstill.core.catalog import part
 from potstill.core.errors import RecipeError, SignalError, unknown
 from potstill.core.types import Batch, Dense, Logits, Need, Signal, Source, Sparse, Teacher
 from potstill.objective.representations import rows
-from potstill.teachers.answers import SHARED, WORDS, Shapes, answers
+from potstill.teachers.answers import NEXT, WORDS, Shapes, answers
 from potstill.teachers.crossing import Coverage, Crossing, cross
 from potstill.teachers.crossing import beside as alongside
+from potstill.teachers.respelled import Respelled
 from potstill.teachers.spans import Interpreter
 from potstill.teachers.spelling import Spelling
 from potstill.teachers.vocabularies import Nearest, same_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MEANING = 2
+"""Raised when the answers to the same question become others: a store of the old ones is not taken for the new."""
 
 
 @part("teacher", paper="Boizard et al. 2024; Minixhofer et al. 2025")
@@ -131,13 +139,14 @@ class Aligned:
             ranks=min(ranks, max(size, len(interpreter.teacher))),
             same=same,
             nearest=Nearest(interpreter, same),
+            respelled=Respelled(interpreter, same),
         )
 
     @property
     def identity(self) -> str:
         """Follows from the teacher's, both tokenizers and all that was asked of `aligned`."""
         shapes = self._shapes
-        said = _digest(self.teacher.identity, self._interpreter, self._longest, shapes.entries, shapes.ranks)
+        said = _digest(self.teacher.identity, self._interpreter, MEANING, self._longest, shapes.entries, shapes.ranks)
         return f"aligned:{said}"
 
     def coverage(self, batch: Batch) -> Coverage:
@@ -162,7 +171,7 @@ class Aligned:
         if not need:
             return Signal()
         crossing = self._cross(batch)
-        asked = need.features | (set(SHARED) if need.logits else set())
+        asked = need.features | (set(NEXT) if need.logits else set())
         found = answers(crossing, self._ask(crossing), asked, self._shapes)
         features = {name: found[name] for name in need.features}
         return Signal(logits=self._logits(found) if need.logits else None, features=features)
@@ -185,9 +194,8 @@ class Aligned:
         return rows(said, crossing.batch.mask)
 
     def _logits(self, found: Mapping[str, Tensor]) -> Sparse:
-        """The shared tokens at one-to-one spans; nothing but the tail elsewhere."""
-        log_probs = found["shared_log_probs"].masked_fill(~found["one_to_one"][..., None], -torch.inf)
-        return Sparse(ids=found["shared_ids"], log_probs=log_probs, size=len(self._interpreter.student), kind="top")
+        ids, log_probs = (found[name] for name in NEXT)
+        return Sparse(ids=ids, log_probs=log_probs, size=self._shapes.size, kind="top")
 
 
 @dataclass(frozen=True, slots=True)

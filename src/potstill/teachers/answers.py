@@ -16,11 +16,13 @@ from potstill.core.types import Logits, Sparse
 from potstill.objective.chunked import slices
 from potstill.objective.representations import dense, rows, width
 from potstill.teachers.crossing import Crossing
+from potstill.teachers.respelled import Respelled, next_tokens
 from potstill.teachers.vocabularies import Nearest
 
+NEXT = ("next_ids", "next_log_probs")
 SHARED = ("shared_ids", "shared_log_probs", "rest_probs")
 NEAREST = ("nearest_ids", "nearest_log_probs")
-WORDS = ("span", "span_log_probs", *SHARED, "sorted_probs", *NEAREST)
+WORDS = ("span", "span_log_probs", *NEXT, *SHARED, "sorted_probs", *NEAREST)
 
 CHUNK_BYTES = 64 * 2**20
 """Positions go through the teacher's head in chunks: about eight buffers of [C, W] float32 stay within this."""
@@ -37,27 +39,36 @@ class Shapes:
     same: Tensor
     """int64 [W]: the student's token of the same bytes, or -1."""
     nearest: Nearest
+    respelled: Respelled
 
 
 def answers(crossing: Crossing, said: Logits, asked: Collection[str], shapes: Shapes) -> dict[str, Tensor]:
-    """`asked` of the WORDS, and bool one_to_one, each [B, T, ...], from the teacher's M rows.
+    """`asked` of the WORDS, each [B, T, ...], from the teacher's M rows.
 
     A span of which the teacher does not know the probability, because a top-k teacher holds one of its tokens in the
     tail, is no span.
     """
     device = crossing.own.device
-    chain, parts = [], []
+    chain, parts, nexts = [], [], []
     step = max(16, CHUNK_BYTES // (32 * width(said)))
     for which in slices(len(crossing.path), step):
         law = _law(rows(said, which)).to(device)
         chain.append(law.gather(-1, crossing.path[which, None]).squeeze(-1))
         at = crossing.begins[which]
-        parts.append(_alternatives(law[at], crossing, crossing.span_of[which][at], asked, shapes))
+        spans = crossing.span_of[which][at]
+        parts.append(_alternatives(law[at], crossing, spans, asked, shapes))
+        if not set(NEXT).isdisjoint(asked):
+            nexts.append(_next_tokens(law[at], crossing, spans, shapes))
     log_probs = torch.zeros(len(crossing.first), device=device).index_add_(0, crossing.span_of, torch.cat(chain))
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if "shared_log_probs" in found:
         found["shared_log_probs"][:, 0] = log_probs
-    return _placed(crossing, {**found, "span_log_probs": log_probs, "one_to_one": crossing.one_to_one})
+    placed = _placed(crossing, {**found, "span_log_probs": log_probs})
+    for name, rows_of in zip(NEXT, zip(*nexts, strict=True), strict=False):
+        values = torch.cat(rows_of)
+        placed[name] = values.new_full((*crossing.own.shape, shapes.entries), FILL.get(name, 0))
+        placed[name][crossing.own] = values
+    return placed
 
 
 def _law(logits: Logits) -> Tensor:
@@ -66,6 +77,15 @@ def _law(logits: Logits) -> Tensor:
         unsaid = logits.log_probs.new_full((len(logits.ids), logits.size), -torch.inf)
         return unsaid.scatter_reduce(-1, logits.ids, logits.log_probs, "amax").float()
     return torch.log_softmax(dense(logits).float(), dim=-1)
+
+
+def _next_tokens(law: Tensor, crossing: Crossing, spans: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+    """What the teacher's law [S', W] says of each token of some spans: nothing where both texts begin otherwise."""
+    pieces = crossing.path[crossing.begins][spans].tolist()
+    comparable = crossing.comparable[spans].tolist()
+    tokens = [crossing.tokens[span] for span in spans.tolist()]
+    known = [piece if is_comparable else -1 for piece, is_comparable in zip(pieces, comparable, strict=True)]
+    return next_tokens(shapes.respelled, law, known, tokens, entries=shapes.entries)
 
 
 def _alternatives(
@@ -131,7 +151,7 @@ def _fitted(same: Tensor, law: Tensor) -> Tensor:
     return torch.nn.functional.pad(same, (0, max(missing, 0)), value=-1)[: law.shape[-1]].to(law.device)
 
 
-FILL = {"shared_log_probs": -torch.inf, "nearest_log_probs": -torch.inf}
+FILL = {"next_log_probs": -torch.inf, "shared_log_probs": -torch.inf, "nearest_log_probs": -torch.inf}
 """Where no span begins, a list of tokens is empty; everything else is 0."""
 
 

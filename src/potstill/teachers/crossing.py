@@ -31,7 +31,7 @@ class Coverage:
     """Those of them that a span covers: where ALM and GOLD learn."""
     spans: int
     one_to_one: int
-    """Spans of one token on both sides: where divergences and MinED learn."""
+    """Spans of one token on both sides: where MinED learns."""
     texts: int
     broken: int
     """Texts that the teacher reads only in part, or not at all: their bytes come back otherwise, or are no UTF-8."""
@@ -61,6 +61,8 @@ class Crossing:
     """bool [S]: the vocabularies may be compared where the span begins."""
     first: Tensor
     """int64 [S]: the student's first token of each span."""
+    tokens: tuple[tuple[int, ...], ...]
+    """[S]: all of them."""
     path: Tensor
     """int64 [M]: the teacher's token that each position of the mask predicts."""
     span_of: Tensor
@@ -97,6 +99,9 @@ def cross(batch: Batch, interpreter: Interpreter, *, longest: int) -> Crossing:
         one_to_one=torch.tensor([span.one_to_one for span in spans], dtype=torch.bool, device=device),
         comparable=torch.tensor([span.comparable for span in spans], dtype=torch.bool, device=device),
         first=_ids([text.ids[span.student_start] for text, _, some in taught for span in some], device),
+        tokens=tuple(
+            tuple(text.ids[span.student_start : span.student_stop]) for text, _, some in taught for span in some
+        ),
         path=_ids(
             [
                 token

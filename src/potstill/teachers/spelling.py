@@ -65,6 +65,10 @@ class Spelling:
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same of many texts at once."""
+        return self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
+
     def is_fallback(self, token: int) -> bool:
         """A single byte that stands in for what has no piece."""
         return self._scheme.falls_back and bool(BYTE_FALLBACK.fullmatch(self._tokenizer.convert_ids_to_tokens(token)))

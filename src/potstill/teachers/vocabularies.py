@@ -15,7 +15,7 @@ from potstill.teachers.spelling import Spelling
 def same_bytes(interpreter: Interpreter) -> Tensor:
     """For each teacher token the student's token of the same bytes or role, -1 where there is none: int64 [W]."""
     student, teacher = interpreter.student, interpreter.teacher
-    known = _by_bytes(student)
+    known = by_bytes(student)
     partner = [-1 if piece is None else known.get(piece, -1) for piece in teacher.pieces]
     for token in student.specials:
         for first in (True, False):
@@ -34,7 +34,7 @@ class Nearest:
 
     def __init__(self, interpreter: Interpreter, same: Tensor) -> None:
         self._teacher = interpreter.teacher.pieces
-        ids = sorted(_by_bytes(interpreter.student).values())
+        ids = sorted(by_bytes(interpreter.student).values())
         pieces = [interpreter.student.pieces[token] or b"" for token in ids]
         self._candidates = torch.tensor(ids)
         self._lengths = torch.tensor([len(piece) for piece in pieces])
@@ -70,7 +70,7 @@ class Nearest:
         return reached + 2 * (self._lengths - longest).clamp(min=0)
 
 
-def _by_bytes(spelling: Spelling) -> dict[bytes, int]:
+def by_bytes(spelling: Spelling) -> dict[bytes, int]:
     """The token that a tokenizer would write for some bytes: a piece rather than a byte that stands in for one."""
     known: dict[bytes, int] = {}
     for token, piece in enumerate(spelling.pieces):
