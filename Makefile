@@ -34,7 +34,7 @@ docs: venv
 
 # The peers bring a torchvision that does not fit a CPU build of torch, so they get an environment of their own.
 bench: venv .venv-bench/ready
-	for script in parity chunked loop language_speed; do .venv-bench/bin/python benchmarks/$$script.py || exit 1; done
+	for script in parity chunked loop language_speed language_peers; do .venv-bench/bin/python benchmarks/$$script.py || exit 1; done
 	for script in cache gain health language on_policy cross_tokenizer quickstart_llm chaos elicit_speed requests_store \
 		filters seeds; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 

@@ -31,6 +31,13 @@ Pointwise: TypeAlias = Callable[[Tensor, Logits | None, slice], tuple[Tensor, Te
 CHUNK_BUFFERS = {"cpu": 2, "cuda": 9}
 """Buffers of [chunk, V] alive at the peak: with strips the two products, without them the losses' own as well."""
 
+ENOUGH_ROWS = 256
+"""A product reads its head's whole weight: with 64 rows at V = 128,000 a step takes a fifth longer than with 256, and
+with 512 no less. So this many rows are wanted whatever the vocabulary."""
+
+CHEAP_BYTES = 64 * 2**20
+"""As long as its buffers take no more, a chunk has more rows than enough: a small vocabulary's chunks are then few."""
+
 STRIP_BYTES = 2 * 2**20
 """What one [strip, V] buffer may take: about a core's share of cache."""
 
@@ -44,10 +51,11 @@ class Sizes:
 
 
 def sizes_for(num_classes: int, *, device: str, budget_bytes: int) -> Sizes:
-    """Chunks whose float32 buffers stay within a budget: a power of two of rows, at least 16."""
+    """A power of two of rows, at least 16: enough, if their float32 buffers stay within a budget; more, if cheap."""
     row_bytes = 4 * max(num_classes, 1)
-    affordable = budget_bytes // (CHUNK_BUFFERS.get(device, CHUNK_BUFFERS["cuda"]) * row_bytes)
-    chunk = max(16, _power_of_two(affordable))
+    buffers_bytes = row_bytes * CHUNK_BUFFERS.get(device, CHUNK_BUFFERS["cuda"])
+    affordable, cheap = (_power_of_two(limit // buffers_bytes) for limit in (budget_bytes, CHEAP_BYTES))
+    chunk = max(16, min(affordable, max(ENOUGH_ROWS, cheap)))
     return Sizes(chunk=chunk, strip=min(chunk, _power_of_two(STRIP_BYTES // row_bytes)) if device == "cpu" else chunk)
 
 
