@@ -4,48 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from potstill.cli import app
 from potstill.recipe.calls import located
 from potstill.students import hf_fresh
 from tests import tiny_text
-
-
-def potstill(*words: str) -> tuple[int, str, str]:
-    """Exit code, output, and what was said on stderr, without the progress of loading."""
-    done = CliRunner().invoke(app, words)
-    errors = [line for line in done.stderr.strip().splitlines() if line.startswith(("error", "internal", "stopped"))]
-    return done.exit_code, done.stdout, "\n".join(errors)
+from tests.tiny_text import asked, potstill, rows, tokenizer_folder
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tiny_text.write_recipe(tmp_path)
-
-
-def tokenizer_folder(folder: Path, change: Callable[[dict[str, object]], None], *, template: str | None = None) -> Path:
-    """The shipped folder of bytes with another tokenizer_config.json, and another chat template."""
-    shutil.copytree(located(tiny_text.BYTES), folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    change(settings)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    return folder
-
-
-def rows(path: Path, *lines: dict[str, object]) -> Path:
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    return path
-
-
-def asked(number: int, answer: str = "Yes.") -> dict[str, object]:
-    return {"prompt": f"Question {number}?", "completion": answer}
 
 
 # (what is changed, where the sentence begins, what it says besides)

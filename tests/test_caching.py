@@ -242,6 +242,7 @@ def refused(action: Callable[[], object], error: type[Exception], sentence: str)
     [
         ("sampled", "[{use: reverse_kl}]", "reverse_kl is not linear in the teacher.*Take: top, or hidden"),
         ("sampled temperature=1", "[{use: forward_kl, temperature: 2.0}]", "compares at temperature 2, and draws at 1"),
+        ("top", "[{use: sinkhorn}]", "reads all of the teacher's logits.*Take: whole, or hidden"),
         ("top", "[{use: logit_mse}]", "reads all of the teacher's logits.*Take: whole, or hidden"),
         ("sampld", "[{use: forward_kl}]", "no sketch is called 'sampld'. Did you mean 'sampled'"),
         ("top kk=5", "[{use: forward_kl}]", "has no knob called 'kk'. Did you mean 'k'"),

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from potstill.core.types import IGNORED
+from potstill.losses import dual_space
 from potstill.losses.dual_space import dskd
 
 B, T, U, D, E, V, W = 2, 5, 4, 3, 2, 6, 7
+MAPS = ("to_teacher", "from_teacher")
 ORDER = ("queries", "embeddings", "to_teacher", "from_teacher", "states", "head", "their_states", "their_head")
 COUNTED = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
 THEIRS = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0]]).bool()
@@ -34,30 +36,29 @@ def apply(given: dict[str, Tensor], **knobs: float) -> Tensor:
 
 
 def by_hand(given: dict[str, Tensor], temperature: float) -> Tensor:
-    """METHODS_LLM E2, token by token."""
-    following = torch.zeros(B, U, E).double()
-    following[:, :-1] = given["embeddings"][:, 1:]
-    pairs = torch.cat([given["embeddings"], following], -1)
-    keys = pairs / pairs[THEIRS].std()
-    read = given["their_states"] / given["their_states"][THEIRS].std() + following / following[THEIRS].std()
-    totals = []
+    """METHODS_LLM E2, example by example and token by token: [N]."""
+    values = []
     for b in range(B):
-        ours, theirs = COUNTED[b].nonzero().flatten(), THEIRS[b].nonzero().flatten()
-        scores = torch.stack([torch.stack([given["queries"][b, t] @ keys[b, u] for u in theirs]) for t in ours])
+        ours, theirs = COUNTED[b].nonzero().flatten(), (given["their_labels"][b] != IGNORED).nonzero().flatten()
+        following = torch.cat([given["embeddings"][b, 1:], torch.zeros(1, E).double()])
+        pairs = torch.cat([given["embeddings"][b], following], -1)
+        keys = pairs / pairs[theirs].std()
+        read = given["their_states"][b] / given["their_states"][b, theirs].std() + following / following[theirs].std()
+        scores = torch.stack([torch.stack([given["queries"][b, t] @ keys[u] for u in theirs]) for t in ours])
         scores = scores / math.sqrt(2 * E)
-        total = torch.zeros(()).double()
-        for row, t in enumerate(ours):
-            carried = given["head"] @ (given["from_teacher"] @ (scores[row].softmax(-1) @ read[b, theirs]))
-            label = given["labels"][b, t]
-            total = total - carried.log_softmax(-1)[label]
-            if carried.argmax() == label:
-                total = total + kl(carried, given["head"] @ given["states"][b, t], temperature)
+        back = torch.zeros(()).double()
         for column, u in enumerate(theirs):
             weights = scores[:, column].softmax(-1)
             brought = given["their_head"] @ (given["to_teacher"] @ (weights @ given["states"][b, ours]))
-            total = total + kl(given["their_head"] @ given["their_states"][b, u], brought, temperature)
-        totals.append(total / len(ours))
-    return torch.stack(totals)
+            back = back + kl(given["their_head"] @ given["their_states"][b, u], brought, temperature)
+        for row, t in enumerate(ours):
+            carried = given["head"] @ (given["from_teacher"] @ (scores[row].softmax(-1) @ read[theirs]))
+            label = given["labels"][b, t]
+            value = back / len(ours) - carried.log_softmax(-1)[label]
+            if carried.argmax() == label:
+                value = value + kl(carried, given["head"] @ given["states"][b, t], temperature)
+            values.append(value)
+    return torch.stack(values)
 
 
 def kl(target: Tensor, other: Tensor, temperature: float) -> Tensor:
@@ -122,6 +123,29 @@ def test_padding_on_either_side_of_the_right_changes_nothing() -> None:
         longer[name] = torch.nn.functional.pad(given[name], (0, 2 if name == "their_labels" else 3), value=fill)
     longer["embeddings"], longer["their_states"] = longer["embeddings"][:, :-1], longer["their_states"][:, :-1]
     torch.testing.assert_close(apply(longer), apply(given))
+
+
+def test_each_example_is_a_world_of_its_own() -> None:
+    given = inputs()
+    alone = []
+    for row in range(B):
+        cut = {name: t if t.shape[0] != B or name in MAPS else t[row : row + 1] for name, t in given.items()}
+        alone.append(apply(cut))
+    torch.testing.assert_close(torch.cat(alone), apply(given))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_chunks_of_any_size_give_the_same_value_and_gradient(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(size: int) -> tuple[Tensor, ...]:
+        monkeypatch.setattr(dual_space, "rows_for", lambda num_classes: size)
+        given = inputs()
+        leaves = [given[name].requires_grad_() for name in ("queries", "states", *MAPS)]
+        values = apply(given)
+        upstream = torch.arange(1.0, len(values) + 1).double()
+        return values, *torch.autograd.grad(values @ upstream, leaves)
+
+    for one, whole in zip(found(chunk), found(10**6), strict=True):
+        torch.testing.assert_close(one, whole)
 
 
 def test_an_example_without_a_counterpart_gives_a_finite_value() -> None:

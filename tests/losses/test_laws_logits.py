@@ -28,13 +28,6 @@ NOT_ITS_OWN_GRADIENT = {
     "taid": "its target holds the student as a constant by definition",
 }
 NUMBERS_NOT_LOGITS = {"bounded_regression": "a student that regresses -inf is wrong, not banned"}
-SHIFT_INVARIANT_BEYOND_SOFTMAX = {
-    "dkd": "reads softmax, but needs the label's class, so it is not marked distribution",
-    "dist": "reads softmax, but its correlations depend on the number of classes",
-    "virtual_teacher": "reads softmax, but its target depends on the number of classes",
-    "lskd": "standardises each row",
-    "centred_logit_mse": "centres each row",
-}
 
 READABLE = {"student_logits", "teacher_logits", "labels"}
 
@@ -118,7 +111,7 @@ def test_no_loss_is_negative_over_a_quarter_million_classes(loss: Loss, dtype: t
     assert values.min() >= -1e-6
 
 
-@held_to(LOSSES, lambda name, loss: card(loss).distribution or name in SHIFT_INVARIANT_BEYOND_SOFTMAX)
+@held_to(LOSSES, lambda name, loss: not card(loss).raw)
 def test_a_constant_added_to_a_row_changes_nothing(loss: Loss) -> None:
     student, teacher = pair(5, 7)
     shifts = torch.tensor([[-300.0], [-1.0], [0.0], [2.0], [300.0]])
@@ -127,7 +120,14 @@ def test_a_constant_added_to_a_row_changes_nothing(loss: Loss) -> None:
     torch.testing.assert_close(gradient_of(shifted, student), gradient_of(values, student))
 
 
-@held_to(LOSSES, lambda name, loss: card(loss).distribution or name in SHIFT_INVARIANT_BEYOND_SOFTMAX)
+@held_to(LOSSES, lambda name, loss: card(loss).raw)
+def test_a_loss_that_says_it_reads_numbers_sees_a_constant(loss: Loss) -> None:
+    student, teacher = pair(5, 7)
+    assert (apply(loss, student + 3.0, teacher) - apply(loss, student, teacher)).abs().min() > 1e-3
+    assert not card(loss).distribution
+
+
+@held_to(LOSSES, lambda name, loss: not card(loss).raw)
 def test_the_gradient_over_the_classes_sums_to_zero(loss: Loss) -> None:
     student, teacher = pair(5, 7)
     gradient = gradient_of(apply(loss, student, teacher), student)
@@ -338,5 +338,5 @@ def test_double_precision_stays_double(loss: Loss) -> None:
 
 
 def test_the_lists_of_exceptions_name_losses_that_exist() -> None:
-    named = {*REAL_LABELS, *NOT_ITS_OWN_GRADIENT, *NUMBERS_NOT_LOGITS, *SHIFT_INVARIANT_BEYOND_SOFTMAX}
+    named = {*REAL_LABELS, *NOT_ITS_OWN_GRADIENT, *NUMBERS_NOT_LOGITS}
     assert named <= set(LOSSES)

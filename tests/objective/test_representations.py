@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from potstill.core.errors import SignalError
-from potstill.core.types import Dense, Sparse
+from potstill.core.types import Dense, Mixture, Projection, Sparse
 from potstill.objective import Objective, term
 from tests.objective.helpers import batch, lesson
 
@@ -74,6 +76,27 @@ def test_padding_entries_of_a_ragged_cache_change_nothing() -> None:
     assert float(found) == pytest.approx(0.434077, abs=1e-6)
 
 
+@pytest.mark.parametrize("use", ["forward_kl", "reverse_kl", "generalised_jsd", "total_variation"])
+@pytest.mark.parametrize("k", [3, 4, 6])
+def test_a_list_without_entries_teaches_nothing_however_long_it_is(use: str, k: int) -> None:
+    empty = Sparse(ids=torch.zeros(1, k, dtype=torch.int64), log_probs=torch.full((1, k), -torch.inf), size=4)
+    student = STUDENT.clone().requires_grad_()
+    value = Objective(term(use))(lesson(Dense(logits=student), empty), batch(torch.zeros(1)))
+    (gradient,) = torch.autograd.grad(value, student)
+    # Reverse KL reads -inf as -30: e^-30 a class.
+    assert float(value.detach()) == pytest.approx(0.0, abs=1e-12)
+    assert not gradient.any()
+
+
+def test_what_a_list_with_room_for_all_classes_leaves_out_is_its_tail() -> None:
+    padded = Sparse(
+        ids=torch.cat([top(2).ids, torch.tensor([[0, 0]])], dim=-1),
+        log_probs=torch.cat([top(2).log_probs, torch.full((1, 2), -torch.inf, dtype=torch.float64)], dim=-1),
+        size=4,
+    )
+    assert loss(padded) == pytest.approx(loss(top(2)), abs=1e-9)
+
+
 def test_a_confident_student_keeps_a_precise_tail() -> None:
     """1 - sum(q) would be 0 in float32 here; the logsumexp over the others is not."""
     student = torch.tensor([[40.0, 0.0, 0.0, 0.0]]).requires_grad_()
@@ -89,6 +112,36 @@ def test_a_confident_student_keeps_a_precise_tail() -> None:
 def test_a_loss_on_raw_logits_refuses_a_sparse_teacher() -> None:
     with pytest.raises(SignalError, match="needs all 4 of the teacher's logits"):
         loss(top(2), "logit_mse")
+
+
+def test_a_loss_that_compares_examples_refuses_a_top_teacher() -> None:
+    """Each row lists other classes, so the first of one is not the first of another."""
+    rows, law = batch(torch.zeros(2)), torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    log_probs, ids = law.log_softmax(-1).topk(4, dim=-1)
+    said = Sparse(ids=ids, log_probs=log_probs, size=4)
+    with pytest.raises(SignalError, match="sinkhorn compares the laws of different examples"):
+        Objective(term("sinkhorn"))(lesson(Dense(logits=law), said), rows)
+
+
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("name", ["logit_mse", "binary_kd"])
+def test_a_loss_that_reads_numbers_refuses_a_mean_of_probabilities(name: str, projected: bool) -> None:
+    """Of a law the logits are known up to a constant, which would be its gradient's."""
+    said = Mixture(members=(Dense(logits=TEACHER), Dense(logits=TEACHER)), weights=torch.tensor([[0.5, 0.5]]))
+    student = Projection(hidden=STUDENT, weight=torch.eye(4).double()) if projected else Dense(logits=STUDENT)
+    with pytest.raises(SignalError, match="Take an ensemble with mean: logits"):
+        Objective(term(name))(lesson(student, said), batch(torch.zeros(1)))
+    whole = Objective(term(name))(lesson(student, replace(said, mean="logits")), batch(torch.zeros(1)))
+    torch.testing.assert_close(
+        whole, Objective(term(name))(lesson(student, Dense(logits=TEACHER)), batch(torch.zeros(1)))
+    )
+
+
+def test_a_weight_of_laws_does_not_make_a_loss_of_labels_refuse_them() -> None:
+    said = Mixture(members=(Dense(logits=TEACHER), Dense(logits=TEACHER)), weights=torch.tensor([[0.5, 0.5]]))
+    weighed = Objective(term("binary_cross_entropy", weigh="teacher_confidence"))
+    rows = batch(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.ones(1, dtype=torch.bool))
+    assert weighed(lesson(Dense(logits=STUDENT), said), rows) > 0
 
 
 def test_a_loss_that_is_not_linear_refuses_a_sampled_teacher() -> None:

@@ -53,6 +53,8 @@ class Card:
     distribution: bool = False
     """Reads logits only through softmax: a constant added to a row changes nothing, and a sparse teacher
     with a tail bucket is as good as its coarsened law."""
+    raw: bool = False
+    """Reads logits as numbers: a constant added to a row changes it, so a law alone, known up to one, is not enough."""
     linear_in_teacher: bool = False
     """The gradient is linear in the teacher's probabilities: sampled teachers are unbiased for it."""
     of_draws: Callable[..., Any] | None = None
@@ -64,6 +66,11 @@ class Card:
     """Fewer examples than this in a micro-batch carry no lesson."""
     head: str = ""
     """The training head that must stand between the student's feature and this loss."""
+
+    @property
+    def coarsens(self) -> bool:
+        """A top-k teacher serves: only laws are read, and no row meets another, which has other classes listed."""
+        return self.distribution and self.min_examples == 1
 
 
 def part(kind: str, **facts: Any) -> Callable[[Part], Part]:

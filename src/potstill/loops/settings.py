@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,11 +55,13 @@ class Settings:
         one_of("sharding", self.sharding, ("replicate", "shard"))
         check_optimizer(self.optimizer)
 
-    def fingerprint(self, objective: Objective, *, processes: int, parameters: int) -> dict[str, object]:
-        """All that must agree for a run to be continued, as it reads back from JSON."""
+    def fingerprint(
+        self, objective: Objective, *, processes: int, parameters: int, stores: Sequence[str]
+    ) -> dict[str, object]:
+        """All that must agree for a run to be continued, as it reads back from JSON. stores: their identities."""
         terms = [f"{label} {term.describe()}" for label, term in zip(objective.labels, objective.terms, strict=True)]
         written = {**asdict(self), "processes": processes, "parameters": parameters, "objective": ", ".join(terms)}
-        return dict(json.loads(json.dumps(written)))
+        return dict(json.loads(json.dumps(written | ({"stores": list(stores)} if stores else {}))))
 
 
 def compare(folder: Path, stored: Mapping[str, object], asked: Mapping[str, object]) -> None:

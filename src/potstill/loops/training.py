@@ -61,7 +61,10 @@ class Training:
         # Users' students may start differently on each process.
         ranks.share(_tensors(self.learners))
         self.fingerprint = settings.fingerprint(
-            objective, processes=ranks.world, parameters=sum(p.numel() for p in self.learners.parameters())
+            objective,
+            processes=ranks.world,
+            parameters=sum(p.numel() for p in self.learners.parameters()),
+            stores=scheme.stores(),
         )
         is_sharded = settings.sharding == "shard" and ranks.world > 1
         if isinstance(source, Living):

@@ -146,7 +146,7 @@ def lskd(student_logits: Tensor, teacher_logits: Tensor, /, *, temperature: floa
     return forward_kl(student, standardise(frozen(teacher_logits), ddof=ddof), temperature=temperature)
 
 
-@part("loss", paper="Ba & Caruana 2014")
+@part("loss", paper="Ba & Caruana 2014", raw=True)
 def logit_mse(student_logits: Tensor, teacher_logits: Tensor, /) -> PerItem:
     """Mean over classes of (z_s - z_t)^2, [..., C] -> [...]. The paper's halved sum is C / 2 times that.
 
@@ -165,7 +165,7 @@ def centred_logit_mse(student_logits: Tensor, teacher_logits: Tensor, /) -> PerI
     return (gap - mean).masked_fill(_left_out(student_logits, teacher_logits), 0.0).square().sum(-1) / num_classes
 
 
-@part("loss", paper="Li & Hoiem 2016")
+@part("loss", paper="Li & Hoiem 2016", raw=True)
 def binary_kd(student_logits: Tensor, teacher_logits: Tensor, /, *, temperature: float = 2.0) -> PerItem:
     """T^2 sum over classes of the Bernoulli KL between sigmoids, for multi-label data: [..., C] -> [...].
 
@@ -178,7 +178,7 @@ def binary_kd(student_logits: Tensor, teacher_logits: Tensor, /, *, temperature:
     return temperature**2 * (present + absent).sum(-1)
 
 
-@part("loss", zero_at_equality=False, labels="numbers")
+@part("loss", zero_at_equality=False, labels="numbers", raw=True)
 def binary_cross_entropy(student_logits: Tensor, labels: Tensor, /) -> PerItem:
     """Sum over classes of the logistic loss against labels in [0, 1], for multi-label data: [..., C] -> [...].
 
@@ -207,7 +207,7 @@ def virtual_teacher(
     return forward_kl(student_logits, belief / temperature)
 
 
-@part("loss", paper="Chen et al. 2017", labels="numbers")
+@part("loss", paper="Chen et al. 2017", labels="numbers", raw=True)
 def bounded_regression(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, /, *, margin: float = 0.0
 ) -> PerItem:

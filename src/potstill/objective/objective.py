@@ -14,7 +14,7 @@ from potstill.core.types import Batch, Lesson, Logits, Need, Projection, Sparse
 from potstill.losses import spans
 from potstill.objective import chunked
 from potstill.objective.binding import counted, factors_in, head_key, layer_in, logits_in, named_in, nothing
-from potstill.objective.representations import Kept, check_draws, heard, rows, width
+from potstill.objective.representations import Kept, check_draws, check_numbers, heard, rows, width
 from potstill.objective.schedules import Adaptive, State, value_at
 from potstill.objective.term import ALL_LAYERS, FACTORS_OF, ONE_LAYER, SPAN, Term, check_labels
 
@@ -55,11 +55,12 @@ class Objective:
     """A weighted sum of terms: sum_j weight_j * (sum of values_j) / (global count_j).
 
     A term whose weight is the number 0 is left out altogether, so it changes nothing, not even by rounding.
-    `chunk_bytes` bounds the temporary memory of losses on a student that gives its head unapplied.
+    `chunk_bytes` bounds the temporary memory of losses on a student that gives its head unapplied. The default lets
+    256 positions of 262,144 classes through the heads at once; fewer classes take in proportion less.
     `compiled` runs the losses inside a chunk through torch.compile.
     """
 
-    def __init__(self, *terms: Term, chunk_bytes: int = 64 * 2**20, compiled: bool = False) -> None:
+    def __init__(self, *terms: Term, chunk_bytes: int = 512 * 2**20, compiled: bool = False) -> None:
         self.terms = tuple(term for term in terms if term.weight != 0.0)
         if not self.terms:
             raise RecipeError("objective: no term with a weight other than 0, so there is nothing to learn.")
@@ -187,6 +188,9 @@ class Objective:
         # A teacher of another tokenizer may stand on positions of its own: nobody here asks it then.
         is_heard = any("teacher_logits" in self.terms[index].asks for index in fused)
         teacher = keep.of_logits(teacher) if teacher is not None and is_heard else None
+        for term in (self.terms[index] for index in fused):
+            if "teacher_logits" in term.reads:
+                check_numbers(teacher, term.card)
         per_term = [None if bool(mask.all()) else mask for mask in asked]
         named = {index: named_in(lesson, batch, self.terms[index], self.terms[index].reads, keep) for index in fused}
         assert isinstance(chosen, Projection)
@@ -228,7 +232,8 @@ class Objective:
     def _values(self, index: int, lesson: Lesson, batch: Batch, knobs: Mapping[str, float]) -> Tensor:
         """The loss values [N] of one term."""
         term, loss = self.terms[index], self._losses[index]
-        keep = Kept(counted(term, lesson, batch, chunk_bytes=self.chunk_bytes))
+        mask = counted(term, lesson, batch, chunk_bytes=self.chunk_bytes)
+        keep = Kept(mask)
         if keep.num_rows == 0:
             return nothing(lesson)
         if keep.num_rows < term.card.min_examples:
@@ -236,11 +241,15 @@ class Objective:
                 f"{term.card.name} compares examples with each other and needs at least {term.card.min_examples} in a "
                 f"micro-batch; this one has {keep.num_rows}. Use a larger batch."
             )
+        if term.sees_examples:
+            keep = Kept(mask.new_ones(len(mask)))
         named = {
             **named_in(lesson, batch, term, term.reads, keep),
             **logits_in(lesson, term, keep),
             **factors_in(lesson, term, keep),
         }
+        if term.sees_examples:
+            named["mask"] = mask
         if {"labels", "student_logits"} <= named.keys():
             check_labels(named["labels"], num_classes=named["student_logits"].shape[-1], card=term.card)
         if not term.reads_features:

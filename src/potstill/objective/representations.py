@@ -155,6 +155,7 @@ def meet(student_logits: Tensor, teacher: Logits, card: Card, *, temperature: fl
     Raises SignalError where the loss cannot be computed from what a sparse teacher holds.
     """
     if not isinstance(teacher, Sparse):
+        check_numbers(teacher, card)
         return student_logits, dense(teacher)
     if teacher.kind == "top":
         if not card.distribution:
@@ -162,9 +163,23 @@ def meet(student_logits: Tensor, teacher: Logits, card: Card, *, temperature: fl
                 f"{card.name} needs all {teacher.size} of the teacher's logits, but the teacher remembers "
                 f"{teacher.ids.shape[-1]} per position. Use a divergence such as forward_kl, or a live teacher."
             )
+        if not card.coarsens:
+            raise SignalError(
+                f"{card.name} compares the laws of different examples, and of a top-k teacher these have other classes "
+                "listed. Remember all logits (the sketch whole), or take a live teacher."
+            )
         return coarsened(student_logits, teacher)
     _check_sampled(teacher, card, temperature)
     return student_logits, scattered(teacher)
+
+
+def check_numbers(teacher: Logits | None, card: Card) -> None:
+    """Raises SignalError where a loss reads logits as numbers and the teacher knows its law alone."""
+    if card.raw and isinstance(teacher, Mixture) and teacher.mean == "probabilities":
+        raise SignalError(
+            f"{card.name} reads the teacher's logits as numbers, and a mean of probabilities has none but up to a "
+            "constant. Take an ensemble with mean: logits."
+        )
 
 
 def check_draws(student_logits: Tensor, teacher: Sparse, card: Card, *, temperature: float) -> None:
@@ -183,9 +198,9 @@ def _check_classes(student_logits: Tensor, teacher: Logits, card: Card) -> None:
 
 def _check_sampled(teacher: Sparse, card: Card, temperature: float) -> None:
     if not card.linear_in_teacher:
+        others = "a top-k teacher" if card.coarsens else "a teacher of all logits"
         raise SignalError(
-            f"{card.name} is not linear in the teacher, so a sampled teacher would bias it. Use forward_kl or a "
-            "top-k teacher."
+            f"{card.name} is not linear in the teacher, so a sampled teacher would bias it. Use forward_kl or {others}."
         )
     if teacher.temperature != temperature:
         raise SignalError(
@@ -197,13 +212,21 @@ def _check_sampled(teacher: Sparse, card: Card, temperature: float) -> None:
 def coarsened(student_logits: Tensor, teacher: Sparse) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the teacher's K classes and of all others together: [N, V] -> two of [N, K + 1].
 
-    With K = V there are no others, and the result is [N, K].
+    With K = V a full list leaves no others, and one that is not full has room for them: the result is [N, K].
     """
     logits = student_logits.float() if student_logits.dtype in (torch.float16, torch.bfloat16) else student_logits
     student, said = coarse.coarsened(logits, teacher.ids, teacher.log_probs)
-    if teacher.ids.shape[-1] >= teacher.size:
-        return student[..., :-1], said[..., :-1]
-    return student, said
+    if teacher.ids.shape[-1] < teacher.size:
+        return student, said
+    held = said[..., :-1] > -torch.inf
+    is_full = held.sum(dim=-1, keepdim=True) >= teacher.size
+    free = held.to(torch.uint8).argmin(dim=-1, keepdim=True)
+
+    def housed(law: Tensor) -> Tensor:
+        listed, others = law[..., :-1], law[..., -1:]
+        return listed.scatter(-1, free, torch.where(is_full, listed.gather(-1, free), others))
+
+    return housed(student), housed(said)
 
 
 def scattered(teacher: Sparse) -> Tensor:

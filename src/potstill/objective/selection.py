@@ -125,6 +125,8 @@ def weighted(
         # A top-k teacher coarsens the classes, which labels would not survive.
         distribution=its_card.distribution and weight_card.distribution and "labels" not in both,
         linear_in_teacher=its_card.linear_in_teacher and "teacher_logits" not in weight_reads,
+        # A weight reads laws.
+        raw=its_card.raw and "teacher_logits" in reads,
         of_draws=None,
     )
     return values, joint, both

@@ -62,6 +62,11 @@ class Term:
         return any(name in ONE_LAYER or name in ALL_LAYERS for name in self.reads)
 
     @property
+    def sees_examples(self) -> bool:
+        """One value per position, yet from the whole example: it reads layers, and the mask that says which count."""
+        return self.per_item and self.reads_features and "mask" in self.reads
+
+    @property
     def in_chunks(self) -> bool:
         """It looks at the logits of single positions, or of short spans of them, so it can be computed in chunks."""
         alone = self.per_item and not self.reads_features and "mask" not in self.reads
@@ -200,6 +205,10 @@ def term(
         temperature=_temperature(function, knobs),
     )
     _check_layers(made, place)
+    if made.sees_examples and (weigh is not None or select is not None):
+        raise RecipeError(
+            f"{place}: {made.card.name} looks at whole examples, so its positions cannot be weighed or selected."
+        )
     return made
 
 

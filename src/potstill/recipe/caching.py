@@ -163,7 +163,7 @@ def fitting(terms: Sequence[Term], data: Material) -> Sketch:
         return Whole()
     if all(_is_linear(term) for term in terms) and len({term.temperature for term in terms}) == 1:
         return Sampled(temperature=terms[0].temperature)
-    return Top() if all(term.card.distribution for term in terms) else Hidden()
+    return Top() if all(term.card.coarsens for term in terms) else Hidden()
 
 
 def sketch_for(spec: str, recipe: Recipe, data: Material) -> Sketch | None:
@@ -207,7 +207,7 @@ def _check_serves(sketch: Sketch, term: Term) -> None:
             f"--sketch: {name} compares at temperature {term.temperature:g}, and draws at {sketch.temperature:g} serve "
             "no other. Draw at that of the objective, or take: top, or hidden."
         )
-    if isinstance(sketch, Top) and not term.card.distribution:
+    if isinstance(sketch, Top) and not term.card.coarsens:
         raise RecipeError(f"--sketch: {name} reads all of the teacher's logits, as they are. Take: whole, or hidden.")
 
 

@@ -21,6 +21,7 @@ from potstill.teachers.average import Average
 from potstill.teachers.ensemble import leaves
 from potstill.teachers.hf import HfTeacher
 from potstill.teachers.local import Local
+from potstill.teachers.remembered import Remembered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,10 @@ class Offline:
         for teacher in self._teachers:
             if isinstance(teacher, Local | HfTeacher):
                 yield from teacher.frozen()
+
+    def stores(self) -> tuple[str, ...]:
+        """Identities of what is remembered behind the teacher: of a model it would cost a look at all its weights."""
+        return tuple(each.identity for each in self._teachers if isinstance(each, Remembered))
 
     def lessons(self, batch: Batch, student_need: Need, teacher_need: Need) -> Iterator[Lesson]:
         """The one lesson of a batch: the same rows shown to both, the teacher first, while no graph is held."""
