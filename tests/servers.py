@@ -82,6 +82,8 @@ class Provider:
 
     manners: Manners
     answer: Callable[[Body], str] = shouted
+    tells: Callable[[str], list[Body]] | None = None
+    """The log-probabilities that come with a chat's answer, token by token; None: made up, a token is a word."""
     journal: Path | None = None
     url: str = ""
     seen: list[Body] = field(default_factory=list)
@@ -149,7 +151,8 @@ class Provider:
         if "messages" in body:
             choice["message"] = {"role": "assistant", "content": text}
             if self.manners.log_probs and body.get("logprobs"):
-                choice["logprobs"] = {"content": [_chat_log_prob(word, body["top_logprobs"]) for word in words]}
+                made_up = [_chat_log_prob(word, body["top_logprobs"]) for word in words]
+                choice["logprobs"] = {"content": made_up if self.tells is None else self.tells(text)}
         else:
             choice["text"] = text
             if self.manners.log_probs and body.get("logprobs") is not None:
@@ -243,11 +246,12 @@ async def serving(
     manners: Manners | None = None,
     *,
     answer: Callable[[Body], str] = shouted,
+    tells: Callable[[str], list[Body]] | None = None,
     journal: Path | None = None,
     remembers: bool = True,
 ) -> AsyncIterator[Provider]:
     """A provider on a free port of this machine, closed when the block ends."""
-    provider = Provider(manners=manners or Manners(), answer=answer, journal=journal, remembers=remembers)
+    provider = Provider(manners=manners or Manners(), answer=answer, tells=tells, journal=journal, remembers=remembers)
     app = web.Application(client_max_size=2**28)
     app.add_routes(
         [

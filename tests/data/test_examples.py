@@ -51,6 +51,18 @@ def test_all_forms_of_file_give_the_same_rows(tmp_path: Path) -> None:
         assert list(examples(str(tmp_path / name))) == wanted
 
 
+def test_half_of_an_emoji_is_a_rejected_row_and_a_whole_one_is_none(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", '{"prompt": "cut \\ud83d"}', '{"prompt": "\\ud83d\\ude00"}')
+    half, emoji = examples(path)
+    assert half.rejection.startswith("examples: a text holds half of a character")
+    assert (emoji.prompt, emoji.rejection) == ("\U0001f600", "")
+
+
+def test_a_row_made_in_python_with_half_of_an_emoji_is_refused_in_a_sentence() -> None:
+    with pytest.raises(DataError, match="half of a character"):
+        Example.of("cut \ud83d")
+
+
 def test_a_torn_line_is_a_rejected_row_that_names_its_place(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"prompt": "a"}, '{"prompt": "b', "[1]", {"prompt": "c"})
     good, torn, listed, last = examples(path)

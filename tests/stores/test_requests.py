@@ -10,7 +10,7 @@ import random
 import signal
 import sqlite3
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,22 @@ def test_the_first_answer_to_a_key_stays(store: Requests) -> None:
     found = store.find("k")
     assert found is not None
     assert found.raw.body == b"first"
+
+
+def test_of_two_answers_to_a_key_in_one_commit_the_first_stays(store: Requests) -> None:
+    async def work() -> list[bool]:
+        first, second = [await store.begin("k", run="r", step="s", writer="w", reserved=0.0) for _ in range(2)]
+        other = await store.begin("other", run="r", step="s", writer="w", reserved=0.0)
+        given = ((first, b"first"), (second, b"second"), (other, b"other"))
+        return await asyncio.gather(
+            *(store.finish(attempt, asked="{}", writer="w", raw=raw(body)) for attempt, body in given)
+        )
+
+    assert run(work()) == [True, False, True]
+    found, other = store.find("k"), store.find("other")
+    assert found is not None
+    assert other is not None
+    assert (found.raw.body, other.raw.body) == (b"first", b"other")
 
 
 @settings(max_examples=50)
@@ -277,6 +293,32 @@ def test_records_that_gather_share_a_commit(tmp_path: Path) -> None:
     run(work())
     commits.close()
     assert statements.count("COMMIT") <= 11
+
+
+def test_records_of_one_kind_are_written_together_in_their_order_and_before_single_writes(tmp_path: Path) -> None:
+    commits, seen = GroupCommit(tmp_path / "r.sqlite", durable=False), []
+
+    def note(db: sqlite3.Connection, numbers: Sequence[int]) -> None:
+        seen.append(tuple(numbers))
+
+    async def work() -> None:
+        commits.put(lambda db: seen.append("single"))
+        for number in range(1, 8):
+            commits.put_record(note, number)
+        await commits.flush()
+
+    run(work())
+    commits.close()
+    assert seen == [(1, 2, 3, 4, 5, 6, 7), "single"]
+
+
+def test_attempts_of_one_commit_are_told_their_own_ids(store: Requests) -> None:
+    async def work() -> dict[str, int]:
+        begun = [store.begin(key, run="r", step="s", writer="w", reserved=0.0) for key in "abc"]
+        return {attempt.key: attempt.id for attempt in await asyncio.gather(*begun)}
+
+    told = run(work())
+    assert told == {one.key: one.id for one in store.unresolved("r")}
 
 
 @pytest.mark.parametrize(("durable", "synchronous"), [(True, 2), (False, 0)])

@@ -272,7 +272,7 @@ def test_connections_are_kept_for_the_next_request() -> None:
         transport = transport_to(provider.url)
         for _ in range(5):
             await transport.send(HELLO, before=nothing)
-        session = transport._open()
+        (session,) = transport._open().sessions.values()
         assert session.connector is not None
         open_now = sum(len(kept) for kept in session.connector._conns.values())
         await transport.close()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from potstill.core.errors import ServiceError
-from potstill.teachers.patience import Alarm, Retries
+from potstill.teachers.patience import Alarm, Retries, TimeLimit
 
 STALL = Retries(stall_seconds=900.0)
 
@@ -42,7 +42,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 async def ask(alarm: Alarm, seconds: Sequence[float]) -> None:
     """One request after the other, each answered after so many seconds."""
     for each in seconds:
-        async with alarm.watching():
+        with alarm.watching():
             await asyncio.sleep(each)
             alarm.answered()
 
@@ -98,9 +98,8 @@ def test_time_without_requests_is_no_stall() -> None:
 def test_a_time_out_of_ones_own_is_not_the_alarm() -> None:
     async def work() -> None:
         alarm = Alarm(STALL, "big")
-        with pytest.raises(TimeoutError):
-            async with alarm.watching():
-                raise TimeoutError
+        with pytest.raises(TimeoutError), alarm.watching():
+            raise TimeoutError
         alarm.check()
 
     run(work())
@@ -127,3 +126,48 @@ def test_waits_double_up_to_the_longest_and_half_of_each_is_chance() -> None:
 
 def test_the_same_seed_waits_the_same() -> None:
     assert Retries(seed=1).seconds("k", 2) == Retries(seed=1).seconds("k", 2) != Retries(seed=2).seconds("k", 2)
+
+
+async def limited(limit: TimeLimit, seconds: float) -> str:
+    began = asyncio.get_running_loop().time()
+    try:
+        with limit.wait():
+            await asyncio.sleep(seconds)
+    except TimeoutError:
+        return f"stopped after {asyncio.get_running_loop().time() - began:.0f}"
+    return "done"
+
+
+def test_a_time_limit_counts_from_the_beginning_of_each_wait() -> None:
+    async def work() -> None:
+        limit = TimeLimit(100.0)
+        first = asyncio.create_task(limited(limit, 1000.0))
+        await asyncio.sleep(60.0)
+        told = await asyncio.gather(first, limited(limit, 99.0), limited(limit, 1000.0), limited(limit, 30.0))
+        assert told == ["stopped after 100", "done", "stopped after 100", "done"]
+        await asyncio.sleep(500.0)
+        assert await limited(limit, 200.0) == "stopped after 100"
+
+    run(work())
+
+
+def test_who_is_cancelled_under_a_time_limit_is_cancelled_and_not_late() -> None:
+    async def work() -> None:
+        task = asyncio.create_task(limited(TimeLimit(100.0), 1000.0))
+        await asyncio.sleep(50.0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(work())
+
+
+def test_a_stopped_wait_leaves_its_task_able_to_wait_again() -> None:
+    async def work() -> None:
+        limit = TimeLimit(100.0)
+        assert [await limited(limit, seconds) for seconds in (1000.0, 50.0)] == ["stopped after 100", "done"]
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+    run(work())

@@ -11,7 +11,8 @@ from potstill.core.errors import SignalError
 from potstill.core.types import Batch, Need
 from potstill.core.writing import Reply, Request, TokenLogProb, Usage
 from potstill.teachers.fake import fake
-from potstill.teachers.scored import Scored, TokenNames
+from potstill.teachers.scored import Scored
+from potstill.teachers.token_names import TokenNames
 from tests.teachers.tongues import bytewise, rows
 
 LOGITS = Need(logits=True)

@@ -273,3 +273,10 @@ def test_a_body_of_another_shape_is_one_sentence(body: bytes, sentence: str) -> 
 )
 def test_an_error_says_what_is_wrong_in_any_of_its_forms(body: bytes, said: str) -> None:
     assert wire_replies.complaint(body) == said
+
+
+@pytest.mark.parametrize("text", ["caf\u00e9 \U0001f600", "cut in the middle of one: \ud83d", "\x00 and \u2028"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_an_answer_is_read_whatever_its_letters_and_encoding(text: str, encoding: str) -> None:
+    body = message(content=text).decode().encode(encoding)
+    assert wire_replies.read(CHAT, body).text == text.replace("\ud83d", "\ufffd")

@@ -13,6 +13,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache, lru_cache
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
+from potstill.core.errors import DataError
+
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 
 KEY_VERSION = 1
@@ -349,8 +351,27 @@ def key_of(text: str, writer: str) -> str:
 
 
 def content_id(value: JSON) -> str:
-    """A short stable name for plain data: 16 hexadecimal digits."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+    """A short stable name for plain data: 16 hexadecimal digits. Raises DataError for half of a surrogate pair."""
+    try:
+        spelled = canonical(value).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"a text holds half of a character (a lone surrogate): {error.object[max(0, error.start - 20) :][:30]!a}. "
+            "Write it whole, or take it out."
+        ) from error
+    return hashlib.sha256(spelled).hexdigest()[:16]
+
+
+def whole(value: JSON) -> JSON:
+    """Halves of surrogate pairs, which JSON can say where an emoji was cut, as U+FFFD: no file can hold them."""
+    match value:
+        case str():
+            return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        case list():
+            return [whole(entry) for entry in value]
+        case dict():
+            return {name: whole(entry) for name, entry in value.items()}
+    return value
 
 
 @lru_cache(maxsize=1024)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLIT_NAMES = ("train", *TEST_NAMES)
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+HALF = "a text holds half of a character (a lone surrogate, as where an emoji was cut)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +88,14 @@ def read_json_lines(path: Path) -> Iterator[Line]:
             if not text.strip():
                 continue
             try:
-                yield Line(place=place, text=text, record=_told(_record(json.loads(text), place)))
+                yield Line(place=place, text=text, record=_told(_record(_loaded(text), place)))
             except (ValueError, RecursionError) as error:
                 yield Line(place=place, text=text, record=None, fault=_why(error))
 
 
 def _why(error: Exception) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return HALF
     return "no object with named fields" if isinstance(error, DataError) else "not JSON"
 
 
@@ -204,9 +208,19 @@ def _lines(file: IO[str], path: Path) -> Iterator[str]:
         raise DataError(f"{path} is torn or no UTF-8 text after line {number} ({error}). Fetch it again.") from error
 
 
+def _loaded(text: str) -> object:
+    """Raises UnicodeEncodeError for half of a surrogate pair, which JSON can say and no text can hold."""
+    content: object = json.loads(text)
+    if SURROGATE.search(text):
+        json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
 def _parsed(text: str, place: str) -> object:
     try:
-        return json.loads(text)
+        return _loaded(text)
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: {HALF}. Write the character whole, or take it out.") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not JSON ({error}). The file may be torn: fetch or write it again.") from error
 

@@ -1,7 +1,7 @@
-"""One thread writes for everybody: records that gather while it works are committed together, in order.
+"""One thread writes for everybody: records that gather while it works are committed together.
 
-A commit costs milliseconds (the disk has to say that it has it), a record microseconds. Who waits for a record is told
-in its own event loop, all of a commit in one call.
+A commit costs milliseconds (the disk has to say that it has it), a record microseconds, and less where records of one
+kind are written by one statement. Who waits for a record is told in its own event loop, all of a commit in one call.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import sqlite3
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from potstill.stores.request_tables import drop_ballast, is_full, lay_ballast, open_store, trouble
 
-MOST_RECORDS = 64
+MOST_RECORDS = 256
 MOST_SECONDS = 0.004
 """Records go to the thread once this many wait, or so long after the first of them."""
 
+Record = TypeVar("Record")
 Write: TypeAlias = Callable[[sqlite3.Connection], None]
+WriteAll: TypeAlias = Callable[[sqlite3.Connection, Sequence[Record]], None]
+"""Writes records of its kind, in the order given. It may run twice: the first time failed, and was undone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,9 @@ class _Group:
     """Records of one event loop, and who waits for them."""
 
     loop: asyncio.AbstractEventLoop
-    writes: list[Write]
-    waiting: list[asyncio.Future[None]]
+    kinds: dict[WriteAll[Any], list[Any]] = field(default_factory=dict)
+    writes: list[Write] = field(default_factory=list)
+    waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
 
 class GroupCommit:
@@ -53,18 +57,22 @@ class GroupCommit:
         return self._full.is_set()
 
     def put(self, write: Write) -> asyncio.Future[None]:
-        """Done once the write is on disk; StorageError where it never will be. Nobody has to wait for it."""
-        loop = asyncio.get_running_loop()
-        group = self._gathering.get(loop)
-        if group is None:
-            group = self._gathering[loop] = _Group(loop, [], [])
-            loop.call_later(MOST_SECONDS if self._durable else 0, self._hand_over, group)
-        done = loop.create_future()
+        """Done once the write is on disk; StorageError where it never will be. Nobody has to wait for it.
+
+        Within a commit writes run in the order given, after all records.
+        """
+        group = self._group()
         group.writes.append(write)
-        group.waiting.append(done)
-        if len(group.writes) >= MOST_RECORDS:
-            self._hand_over(group)
-        return done
+        return self._waiting(group)
+
+    def put_record(self, write_all: WriteAll[Record], record: Record) -> asyncio.Future[None]:
+        """The same for one of many of its kind: `write_all` gets those of a commit together.
+
+        Kinds run in no order that counts: what needs another kind's record waits for that first.
+        """
+        group = self._group()
+        group.kinds.setdefault(write_all, []).append(record)
+        return self._waiting(group)
 
     async def flush(self) -> None:
         """Wait until all that was put from this event loop is on disk."""
@@ -79,6 +87,22 @@ class GroupCommit:
             self._thread.join()
             self._thread = None
             self._full.clear()
+
+    def _group(self) -> _Group:
+        """What gathers in the running loop."""
+        loop = asyncio.get_running_loop()
+        group = self._gathering.get(loop)
+        if group is None:
+            group = self._gathering[loop] = _Group(loop)
+            loop.call_later(MOST_SECONDS if self._durable else 0, self._hand_over, group)
+        return group
+
+    def _waiting(self, group: _Group) -> asyncio.Future[None]:
+        done = group.loop.create_future()
+        group.waiting.append(done)
+        if len(group.waiting) >= MOST_RECORDS:
+            self._hand_over(group)
+        return done
 
     def _hand_over(self, group: _Group) -> None:
         if self._gathering.get(group.loop) is not group:
@@ -99,7 +123,7 @@ def _work(path: Path, durable: bool, waiting: queue.SimpleQueue[_Group | None], 
         error: Exception | None = None
         try:
             connection = connection or _open(path, durable)
-            _commit_making_room(connection, path, [write for group in groups for write in group.writes], full)
+            _commit_making_room(connection, path, groups, full)
         except sqlite3.Error as failed:
             error = trouble(path, failed)
         except Exception as failed:  # noqa: BLE001 - raised by those who wait
@@ -134,24 +158,27 @@ def _gathered(first: _Group, waiting: queue.SimpleQueue[_Group | None]) -> tuple
 
 
 def _commit_making_room(
-    connection: sqlite3.Connection, path: Path, writes: Sequence[Write], full: threading.Event
+    connection: sqlite3.Connection, path: Path, groups: Sequence[_Group], full: threading.Event
 ) -> None:
     try:
-        _commit(connection, writes)
+        _commit(connection, groups)
     except sqlite3.Error as error:
         if not is_full(error):
             raise
         full.set()
         if not drop_ballast(path):
             raise
-        _commit(connection, writes)
+        _commit(connection, groups)
 
 
-def _commit(connection: sqlite3.Connection, writes: Sequence[Write]) -> None:
+def _commit(connection: sqlite3.Connection, groups: Sequence[_Group]) -> None:
     connection.execute("BEGIN IMMEDIATE")
     try:
-        for write in writes:
-            write(connection)
+        for group in groups:
+            for write_all, records in group.kinds.items():
+                write_all(connection, records)
+            for write in group.writes:
+                write(connection)
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:

@@ -19,10 +19,10 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from potstill.core.writing import JSON, Finish, Raw, Usage
 from potstill.stores.group_commit import GroupCommit
@@ -122,18 +122,22 @@ class Requests:
         usage = Usage(input=given, output=written, cached=cached, reasoning=reasoning)
         return Answer(raw=raw, reading=Reading(finish=finish, model=model, usage=usage, dollars=dollars))
 
+    def exchange(self, key: str) -> tuple[dict[str, JSON], Raw] | None:
+        """What was asked (Request.asked) and what came, for those who read an answer anew."""
+        row = self._read("SELECT request, status, headers, body FROM answers WHERE key = ?", key)
+        if not row:
+            return None
+        asked, status, headers, body = row[0]
+        return json.loads(unpack(asked)), Raw(status=status, headers=json.loads(unpack(headers)), body=unpack(body))
+
     async def begin(self, key: str, *, run: str, step: str, writer: str, reserved: float) -> Attempt:
         """Make the intent durable. Cancelled while it waits, it says in the store that nothing was sent."""
         if self._commits.is_full:
             raise trouble(self.path, OSError(errno.ENOSPC, "disk full"))
         attempt = Attempt(key=key, reserved=reserved)
         row = (key, run, step, writer, reserved, time.time())
-
-        def write(db: sqlite3.Connection) -> None:
-            attempt.id = _inserted(db.execute(_BEGIN, row))
-
         try:
-            await self._commits.put(write)
+            await self._commits.put_record(_begin, (attempt, row))
         except asyncio.CancelledError:
             self._end(attempt, state="failed", spent=0.0, error="stopped before it was sent")
             raise
@@ -145,26 +149,14 @@ class Requests:
         Cancelled while it waits, it is written even so.
         False where another process answered the key in the meantime: that answer stays, and is the one to read.
         """
-        ended = time.time()
-        row = (attempt.key, writer, pack(asked.encode()), raw.status, *_kept(raw), ended)
-        is_first: list[bool] = []
-
-        def write(db: sqlite3.Connection) -> None:
-            is_first.append(db.execute(_ANSWER, row).rowcount == 1)
-            db.execute(_END, ("received", 0.0, ended, "", attempt.id))
-
-        await self._commits.put(write)
-        return is_first[-1]
+        row = (attempt.key, writer, pack(asked.encode()), raw.status, *_kept(raw), time.time())
+        given = _Given(attempt, row)
+        await self._commits.put_record(_finish, given)
+        return given.is_first
 
     def read(self, attempt: Attempt, reading: Reading) -> None:
         """What a durable answer says and costs. Lost in a crash, it is read again."""
-        noted, ended = (*_reading(reading), attempt.key), time.time()
-
-        def write(db: sqlite3.Connection) -> None:
-            db.execute(_READ, noted)
-            db.execute(_END, ("answered", reading.dollars or 0.0, ended, "", attempt.id))
-
-        self._commits.put(write)
+        self._commits.put_record(_read, (attempt, reading, time.time()))
 
     def settle(self, attempt: Attempt, dollars: float) -> None:
         """What an attempt cost whose answer is not the one that stays."""
@@ -285,17 +277,57 @@ def _run(connection: sqlite3.Connection, statement: str, *values: object) -> Non
     connection.execute(statement, values)
 
 
-def _inserted(cursor: sqlite3.Cursor) -> int:
-    assert cursor.lastrowid is not None
-    return cursor.lastrowid
+Row: TypeAlias = tuple[str | bytes | int | float | None, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Given:
+    """An answer on its way to the disk."""
+
+    attempt: Attempt
+    row: Row
+    is_first: bool = False
+    """Known once it is there: no other process was faster."""
+
+
+def _begin(db: sqlite3.Connection, begun: Sequence[tuple[Attempt, Row]]) -> None:
+    first = _last_id(db, "attempts") + 1
+    for number, (attempt, _) in enumerate(begun, first):
+        attempt.id = number
+    db.executemany(_BEGIN, [(number, *row) for number, (_, row) in enumerate(begun, first)])
+
+
+def _finish(db: sqlite3.Connection, given: Sequence[_Given]) -> None:
+    first = _last_id(db, "answers") + 1
+    written = db.executemany(_ANSWER, [(number, *one.row) for number, one in enumerate(given, first)]).rowcount
+    there: Container[int] = range(first, first + written)
+    if written < len(given):
+        there = {number for (number,) in db.execute("SELECT id FROM answers WHERE id >= ?", (first,))}
+    for number, one in enumerate(given, first):
+        one.is_first = number in there
+    db.executemany(_END, [("received", 0.0, one.row[-1], "", one.attempt.id) for one in given])
+
+
+def _read(db: sqlite3.Connection, read: Sequence[tuple[Attempt, Reading, float]]) -> None:
+    db.executemany(_READ, [(*_reading(reading), attempt.key) for attempt, reading, _ in read])
+    ends = [("answered", reading.dollars or 0.0, ended, "", attempt.id) for attempt, reading, ended in read]
+    db.executemany(_END, ends)
+
+
+def _last_id(db: sqlite3.Connection, table: str) -> int:
+    """Within a transaction that writes nobody else adds rows, so the next ones are known."""
+    (last,) = db.execute(f"SELECT coalesce(max(id), 0) FROM {table}").fetchone()
+    assert isinstance(last, int)
+    return last
 
 
 _BEGIN = (
-    "INSERT INTO attempts (key, run, step, writer, reserved, spent, state, started) "
-    "VALUES (?, ?, ?, ?, ?, 0, 'begun', ?)"
+    "INSERT INTO attempts (id, key, run, step, writer, reserved, spent, state, started) "
+    "VALUES (?, ?, ?, ?, ?, ?, 0, 'begun', ?)"
 )
 _ANSWER = (
-    "INSERT OR IGNORE INTO answers (key, writer, request, status, headers, body, created) VALUES (?, ?, ?, ?, ?, ?, ?)"
+    "INSERT OR IGNORE INTO answers (id, key, writer, request, status, headers, body, created) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _END = "UPDATE attempts SET state = ?, spent = ?, ended = ?, error = ? WHERE id = ?"
 _READ = "INSERT OR REPLACE INTO readings SELECT id, ?, ?, ?, ?, ?, ?, ? FROM answers WHERE key = ?"

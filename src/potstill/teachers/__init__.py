@@ -12,6 +12,7 @@ from potstill.teachers.local_writer import local_writer
 from potstill.teachers.remembered import Built, Remembered, build, remembered
 from potstill.teachers.scored import Scored, scored
 from potstill.teachers.spread import spread
+from potstill.teachers.told import Told, told
 from potstill.teachers.verified import Verified, verify
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Remembered",
     "Routed",
     "Scored",
+    "Told",
     "Verified",
     "adapters_off",
     "aligned",
@@ -44,5 +46,6 @@ __all__ = [
     "routed",
     "scored",
     "spread",
+    "told",
     "verify",
 ]

@@ -125,7 +125,7 @@ class Provider:
         import aiohttp
 
         if self._session is None:
-            self._session = open_session(600.0)
+            self._session = open_session(timeout_seconds=600.0)
         url = self._server.url
         try:
             async with self._session.request(method, f"{url}{path}", headers=self._headers, **sent) as response:

@@ -7,12 +7,13 @@ a server quotes is taken out of everything that leaves this module.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from pydantic_core import to_json
 
 from potstill.core.catalog import part
 from potstill.core.writing import Raw, Reply, Request, TransportError
@@ -21,7 +22,7 @@ from potstill.teachers import wire, wire_replies
 from potstill.teachers.address import Server, proxy_of, server, servers
 from potstill.teachers.limits import Gate, Pass, retry_after_seconds
 from potstill.teachers.money import TABLE, Purse
-from potstill.teachers.patience import Retries
+from potstill.teachers.patience import Retries, TimeLimit
 from potstill.teachers.recorded import Recorded
 from potstill.teachers.refusals import is_misdirected, misdirected, unreachable
 from potstill.teachers.writers import Given, writer_over
@@ -98,8 +99,7 @@ class EndpointTransport:
         self._length_field = length_field
         self._gate = Gate([one.limits for one in servers])
         self._lines = {one.limits: _Line(one) for one in servers}
-        self._session: ClientSession | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wires: _Wires | None = None
 
     @property
     def identity(self) -> str:
@@ -107,7 +107,7 @@ class EndpointTransport:
 
     async def send(self, request: Request, *, before: Callable[[], Awaitable[None]]) -> Raw:
         """See core.writing.Transport. Raises ServiceError for an answer that every request would get."""
-        sent = json.dumps(wire.body(request, model=self.model, length_field=self._length_field)).encode()
+        sent = to_json(wire.body(request, model=self.model, length_field=self._length_field))
         which = await self._gate.enter(wire.likely_tokens(request))
         try:
             raw = await self._sent(which, wire.path(request), sent, before)
@@ -117,7 +117,7 @@ class EndpointTransport:
             line = self._lines[which.limits]
             raise await misdirected(
                 raw,
-                session=self._open(),
+                session=self._open().sessions[line],
                 url=line.server.url,
                 headers=line.server.headers,
                 path=wire.path(request),
@@ -132,9 +132,9 @@ class EndpointTransport:
         return wire.most_input_tokens(request)
 
     async def close(self) -> None:
-        if self._session is not None and self._loop is asyncio.get_running_loop():
-            await self._session.close()
-        self._session = None
+        wires, self._wires = self._wires, None
+        if wires is not None and wires.loop is asyncio.get_running_loop():
+            await wires.close()
 
     async def _sent(self, which: Pass, path: str, sent: bytes, before: Callable[[], Awaitable[None]]) -> Raw:
         """The exchange while it holds the pass."""
@@ -162,10 +162,11 @@ class EndpointTransport:
         import aiohttp
 
         try:
-            async with self._open().post(
-                line.addresses[path], data=sent, headers=line.headers, proxy=line.proxy, allow_redirects=False
-            ) as response:
-                body = await response.read()
+            wires = self._open()
+            with wires.limit.wait():
+                address = line.addresses[path]
+                response = await wires.sessions[line].post(address, data=sent, proxy=line.proxy, allow_redirects=False)
+                body = await response.read()  # which also gives the connection back
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, ssl.SSLError) as error:
             if not line.has_answered and len(self._lines) == 1:
                 raise unreachable(line.server.url, error) from None
@@ -181,23 +182,34 @@ class EndpointTransport:
         line.has_answered = True
         return Raw(status=response.status, headers=_kept(response, line.server), body=line.server.without_key(body))
 
-    def _open(self) -> ClientSession:
-        """The session of the running loop: connections are kept for the next request."""
-        loop = asyncio.get_running_loop()
-        if self._session is None or self._loop is not loop:
-            self._session, self._loop = open_session(self._timeout_seconds), loop
-        return self._session
+    def _open(self) -> _Wires:
+        """What belongs to the running loop."""
+        if self._wires is None or self._wires.loop is not asyncio.get_running_loop():
+            self._wires = _Wires(self._lines.values(), self._timeout_seconds)
+        return self._wires
+
+
+class _Wires:
+    """What belongs to one event loop: a session for each server, whose connections are kept for the next request."""
+
+    def __init__(self, lines: Iterable[_Line], timeout_seconds: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.limit = TimeLimit(timeout_seconds)
+        self.sessions = {line: open_session(headers=line.server.headers) for line in lines}
+
+    async def close(self) -> None:
+        self.limit.close()
+        for session in self.sessions.values():
+            await session.close()
 
 
 class _Line:
     """What is worked out once for a server."""
 
     def __init__(self, server: Server) -> None:
-        from multidict import CIMultiDict
         from yarl import URL
 
         self.server = server
-        self.headers = CIMultiDict(server.headers)
         self.addresses = {path: URL(server.url + path) for path in (wire.CHAT, wire.TEXT)}
         self.proxy = proxy_of(server.url)
         self.has_answered = False
@@ -209,7 +221,8 @@ def identity_of(model: str, word: str) -> str:
     return f"openai:{model}@{word}" if word else f"openai:{model}"
 
 
-def open_session(timeout_seconds: float) -> ClientSession:
+def open_session(*, headers: Mapping[str, str] | None = None, timeout_seconds: float | None = None) -> ClientSession:
+    """headers: sent with every request. timeout_seconds: of each request; None where somebody else looks after it."""
     import aiohttp
 
     return aiohttp.ClientSession(
@@ -217,17 +230,19 @@ def open_session(timeout_seconds: float) -> ClientSession:
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS, ttl_dns_cache=300),
         timeout=aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=CONNECT_SECONDS),
         cookie_jar=aiohttp.DummyCookieJar(),
+        headers=headers,
     )
 
 
 def _kept(response: ClientResponse, server: Server) -> dict[str, str]:
-    """Headers worth keeping, names in lower case. All others may name an account."""
-    given = response.headers
-    return {
-        name: server.without_key(given[name].encode(errors="replace")).decode()
-        for name in (*KEPT_HEADERS, "retry-after-ms")
-        if name in given
-    }
+    """Headers worth keeping, names in lower case, the first of each. All others may name an account."""
+    kept: dict[str, str] = {}
+    for given, value in response.headers.items():
+        name = given.lower()
+        if name in KEPT_HEADERS and name not in kept:
+            is_clean = value.isascii() and not (server.key and server.key in value)
+            kept[name] = value if is_clean else server.without_key(value.encode(errors="replace")).decode()
+    return kept
 
 
 def _total_tokens(raw: Raw) -> float | None:

@@ -46,6 +46,7 @@ class Text:
     """Set to False from anywhere: nobody waits for it any more."""
     tokens: list[int] = field(default_factory=list)
     log_probs: list[Told] = field(default_factory=list)
+    """Of the tokens, and of the one that ends the text, where one does."""
     prompt_log_probs: list[Told] = field(default_factory=list)
     finish: str = ""
     """"stop" or "length" once it is written."""
@@ -168,12 +169,12 @@ class _Group:
     def _goes_on(self, text: Text, token: int, told: Told | None) -> bool:
         if not text.is_wanted:
             return False
+        if told is not None and text.alternatives is not None:
+            text.log_probs.append(told)
         if token in self._ends:
             text.finish = "stop"
         else:
             text.tokens.append(token)
-            if told is not None and text.alternatives is not None:
-                text.log_probs.append(told)
             if text.is_over(text.tokens):
                 text.finish = "stop"
             elif len(text.tokens) >= text.most_tokens:

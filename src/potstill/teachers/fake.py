@@ -32,6 +32,7 @@ from potstill.core.writing import (
     ToolCall,
     TransportError,
     Usage,
+    whole,
 )
 from potstill.stores.requests import Requests
 from potstill.teachers.money import Purse
@@ -112,7 +113,7 @@ class FakeTransport:
     def read(self, request: Request, raw: Raw) -> Reply:
         """Raises ValueError for a body that no fake wrote."""
         try:
-            return _read(json.loads(raw.body))
+            return _read(whole(json.loads(raw.body)))
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not an answer of a fake teacher: {error}") from error
 
@@ -178,7 +179,7 @@ def _raw(said: Said, request: Request, model: str) -> Raw:
     if reply.usage == Usage():
         words = Usage(input=len(_asked(request).split()), output=len(reply.text.split()) + len(reply.reasoning.split()))
         reply = replace(reply, usage=replace(words, reasoning=len(reply.reasoning.split())))
-    body = json.dumps(asdict(replace(reply, model=reply.model or model)), ensure_ascii=False)
+    body = json.dumps(whole(asdict(replace(reply, model=reply.model or model))), ensure_ascii=False)
     return Raw(status=200, headers={"content-type": "application/json"}, body=body.encode())
 
 

@@ -161,7 +161,8 @@ class Gate:
                 return free.start(loop.time(), tokens)
         waiting = _Waiting(tokens=tokens, granted=loop.create_future())
         self._waiting.append(waiting)
-        self.moved()
+        if len(self._waiting) == 1:  # else somebody before it has looked
+            self.moved()
         try:
             return await waiting.granted
         except asyncio.CancelledError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,7 @@ from potstill.teachers.engine import Engine, Text, Told
 from potstill.teachers.hf import identity_of
 from potstill.teachers.limits import Gate, Limits
 from potstill.teachers.recorded import Recorded
+from potstill.teachers.spelling import Spelling
 from potstill.teachers.writers import writer_over
 
 if TYPE_CHECKING:
@@ -205,15 +207,29 @@ class LocalTransport:
         return {"model": self._model.title, "choices": [choice], "usage": counts}
 
     def _told(self, told: Told, by_id: bool) -> JSON:
-        top: list[JSON] = [{"token": self._name(token, by_id), "logprob": value} for token, value in told.top]
-        return {"token": self._name(told.token, by_id), "logprob": told.log_prob, "top_logprobs": top}
+        top: list[JSON] = [{**self._named(token, by_id), "logprob": value} for token, value in told.top]
+        return {**self._named(told.token, by_id), "logprob": told.log_prob, "top_logprobs": top}
 
     def _told_of_prompt(self, told: Told) -> JSON:
         entries = {told.token: told.log_prob} | dict(told.top)
         return {str(token): {"logprob": v, "decoded_token": self._text([token])} for token, v in entries.items()}
 
-    def _name(self, token: int, by_id: bool) -> str:
-        return f"token_id:{token}" if by_id else self._text([token])
+    def _named(self, token: int, by_id: bool) -> dict[str, JSON]:
+        """A token as OpenAI names it: as text, special ones among them, with its bytes where they are known."""
+        if by_id:
+            return {"token": f"token_id:{token}"}
+        spelled = self._pieces[token] if token < len(self._pieces) else None
+        if spelled is None:
+            return {"token": self._tokenizer.decode([token])}
+        return {"token": spelled.decode(errors="replace"), "bytes": list(spelled)}
+
+    @cached_property
+    def _pieces(self) -> tuple[bytes | None, ...]:
+        """The bytes of each token; empty where they cannot be told."""
+        try:
+            return Spelling(self._tokenizer, title=self._model.title).pieces
+        except DataError:
+            return ()
 
     def _decoded(self, prompt: list[int], tokens: Sequence[int]) -> str:
         before = prompt[-CONTEXT:]

@@ -222,8 +222,11 @@ class Purse:
         self._wake()
 
     def _accounts(self, step: str, model: str) -> tuple[_Account, _Account, _Account]:
-        by_step = self._steps.setdefault(step, _Account(f"step '{step}'", math.inf))
-        return (self._run, by_step, self._models.setdefault(model, _Account(model, math.inf)))
+        if step not in self._steps:
+            self._steps[step] = _Account(f"step '{step}'", math.inf)
+        if model not in self._models:
+            self._models[model] = _Account(model, math.inf)
+        return (self._run, self._steps[step], self._models[model])
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []

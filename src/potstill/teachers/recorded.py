@@ -20,6 +20,8 @@ from potstill.teachers.money import Hold, Price, Purse
 from potstill.teachers.patience import Alarm, Retries
 from potstill.teachers.verdict import Answered, Busy, Down, Everybody, Refused, judge, without_secrets
 
+UNCOUNTED = Usage()
+
 
 class Recorded:
     """A Writer around a transport.
@@ -43,6 +45,7 @@ class Recorded:
         longer: float = 1.0,
     ) -> None:
         self.transport = transport
+        self.identity = transport.identity
         self.store = store
         self.price = price
         self.run = run or f"run-{uuid.uuid4().hex[:12]}"
@@ -54,10 +57,6 @@ class Recorded:
         self._followers: dict[str, list[asyncio.Future[Reply | None]]] = {}
         self._alarm = Alarm(self.retries, transport.identity)
         assert price is not None or not self.purse.is_capped, "whoever gives a cap knows the price"
-
-    @property
-    def identity(self) -> str:
-        return self.transport.identity
 
     @property
     def dollars(self) -> float:
@@ -112,7 +111,7 @@ class Recorded:
         self._followers[key] = []
         reply: Reply | None = None
         try:
-            async with self._alarm.watching():
+            with self._alarm.watching():
                 reply = await self._buy(request, text, key)
             return reply
         finally:
@@ -218,7 +217,7 @@ class Recorded:
         usage = reply.usage
         if self.price is None:
             dollars = None
-        elif usage == Usage():  # the server counted nothing, so it counts as the most that it can have been
+        elif usage == UNCOUNTED:  # the server counted nothing, so it counts as the most that it can have been
             dollars = self.most(request)
         else:
             dollars = self.price.of(usage)

@@ -21,7 +21,7 @@ from potstill.core.catalog import part
 from potstill.core.errors import RecipeError, ServiceError, SignalError
 from potstill.core.types import Batch, Need, Signal, Sparse
 from potstill.core.vocabulary import fingerprint
-from potstill.core.writing import JSON, Request, TokenLogProb, Writer
+from potstill.core.writing import JSON, Request, Writer
 from potstill.data.tokens import Tokenizer, load_tokenizer
 from potstill.stores.requests import Requests
 from potstill.stores.signals import spread
@@ -29,6 +29,7 @@ from potstill.teachers import wire
 from potstill.teachers.crossing import Text, texts_of
 from potstill.teachers.endpoint import endpoint
 from potstill.teachers.money import TABLE
+from potstill.teachers.token_names import TokenNames
 from potstill.teachers.writers import Given
 
 Asking: TypeAlias = Literal["prompt_logprobs", "echo"]
@@ -167,42 +168,6 @@ class Scored:
     @cached_property
     def names(self) -> TokenNames:
         return TokenNames(self._tokenizer)
-
-
-class TokenNames:
-    """Which id of a tokenizer a server means by the name of a token."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._size = len(tokenizer)
-        self._ids: dict[str, int] = {}
-        unclear = set()
-        for piece, token in tokenizer.get_vocab().items():
-            # Servers write a token as its piece of the vocabulary or as the text it decodes to.
-            for name in {piece, tokenizer.decode([token])}:
-                if self._ids.setdefault(name, token) != token:
-                    unclear.add(name)
-        for name in unclear:
-            del self._ids[name]
-
-    def id_of(self, name: str) -> int | None:
-        """None for a name that several tokens have, or none: its probability counts with the rest."""
-        word, _, number = name.partition(":")
-        token = int(number) if word == "token_id" and number.isdigit() else self._ids.get(name)
-        return token if token is not None and token < self._size else None
-
-    def entries(self, told: TokenLogProb, *, own: int) -> Mapping[int, float]:
-        """Classes and their log-probabilities, the token `own` that stands there among them.
-
-        Raises SignalError where the server names another token in its place.
-        """
-        meant = self.id_of(told.token)
-        if meant is not None and meant != own:
-            raise SignalError(
-                f"The server speaks of token {meant} ('{told.token}') where the row has {own}. Give the tokenizer of "
-                "the served model."
-            )
-        named = {self.id_of(name): log_prob for name, log_prob in told.top}
-        return {token: log_prob for token, log_prob in named.items() if token is not None} | {own: told.log_prob}
 
 
 class _Loop:

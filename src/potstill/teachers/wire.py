@@ -21,6 +21,8 @@ SAME_NAME = (
 
 ID_NAMES = "return_tokens_as_token_ids"
 """vLLM's switch: tokens are then named "token_id:123", since two tokens can be written alike."""
+BYTE_NAME = "bytes:"
+"""Begins the name of a token that is only a part of a character: bytes:\\xe2\\x80, as OpenAI writes it."""
 
 TEMPLATE_TOKENS = 512
 """Upper bound on what a chat template adds by itself: dates, default system text, how to call tools."""
@@ -59,6 +61,14 @@ def body(request: Request, *, model: str, length_field: LengthField = "max_token
     if request.schema or request.tools or request.tool_choice:
         sent |= _form_asked(request)
     return sent | dict(request.extra) if request.extra else sent
+
+
+def token_name(spelled: bytes) -> str:
+    """A token's name by its bytes: their text, or bytes:\\xe2\\x80 where they are only a part of a character."""
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return BYTE_NAME + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def most_input_tokens(request: Request) -> int:

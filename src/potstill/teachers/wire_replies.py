@@ -10,8 +10,10 @@ import json
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from potstill.core.writing import JSON, Finish, Reply, Request, TokenLogProb, ToolCall, Usage
-from potstill.teachers.wire import ID_NAMES, Object
+from pydantic_core import from_json
+
+from potstill.core.writing import JSON, Finish, Reply, Request, TokenLogProb, ToolCall, Usage, whole
+from potstill.teachers.wire import BYTE_NAME, ID_NAMES, Object, token_name
 
 LogProbs: TypeAlias = tuple[TokenLogProb, ...] | None
 
@@ -166,10 +168,22 @@ def _chat_token(said: JSON) -> TokenLogProb:
     entry = _object(said, "logprobs.content[]")
     top = [_object(other, "top_logprobs[]") for other in _list(entry.get("top_logprobs") or [], "top_logprobs")]
     return TokenLogProb(
-        token=_text(entry.get("token"), "token"),
+        token=_name(entry),
         log_prob=_number(entry.get("logprob"), "logprob"),
-        top=tuple((_text(o.get("token"), "token"), _number(o.get("logprob"), "logprob")) for o in top),
+        top=tuple((_name(other), _number(other.get("logprob"), "logprob")) for other in top),
     )
+
+
+def _name(entry: Object) -> str:
+    """The token as text, or by its bytes where they are only a part of a character, which no text can tell."""
+    token = _text(entry.get("token"), "token")
+    if "\ufffd" not in token:
+        return token
+    try:
+        exact = token_name(bytes(entry.get("bytes") or []))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # no bytes at all; the text is there all the same
+        return token
+    return exact if exact.startswith(BYTE_NAME) else token
 
 
 def _columns(given: Object) -> list[TokenLogProb | None]:
@@ -208,10 +222,19 @@ def _of_prompt(said: JSON, *, by_id: bool) -> tuple[TokenLogProb, ...]:
 
 def _parsed(answer: bytes) -> Object:
     try:
-        said: JSON = json.loads(answer)
+        said: JSON = _loaded(answer)
     except ValueError as error:
         raise ValueError(f"The answer is not JSON, torn or of another kind: {complaint(answer[:200])!r}.") from error
     return _object(said, "the answer")
+
+
+def _loaded(answer: bytes) -> JSON:
+    """As json.loads reads it, in a third of its time where nothing is odd. Raises ValueError."""
+    try:
+        said: JSON = from_json(answer)
+    except ValueError:  # half of a surrogate pair, where an emoji was cut; UTF-16; depths that json can bear
+        said = whole(json.loads(answer))
+    return said
 
 
 def _first(said: JSON, place: str) -> JSON:
