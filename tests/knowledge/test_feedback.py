@@ -12,6 +12,7 @@ from potstill.core.writing import Example, Failure, Reply, Request, TokenLogProb
 from potstill.knowledge.constitution import constitutional
 from potstill.knowledge.feedback import STOP, correct, critique, preference, rubric_scores, soft_preference
 from potstill.knowledge.samples import candidates
+from potstill.tasks.graded import Graded
 from tests.knowledge.scripted import Scripted, last, through
 
 
@@ -162,6 +163,26 @@ def test_reasoning_is_part_of_what_is_corrected():
     assert (mended.reasoning, mended.answer) == ("", "Two and two.x")
 
 
+def test_what_the_task_grades_as_right_is_not_corrected():
+    writer = Scripted(lambda request: "4")
+    same = Graded(list, lambda example, answer: float(answer == example.reference))
+    rows = [Example.of("Q", answer=answer, reference="4") for answer in ("4", "5")]
+    right, wrong = through(rows, correct(teacher=writer, task=same, template="$prompt, not $answer"))
+
+    assert (right.answer, "chosen" in right.fields, right.lineage.requests) == ("4", False, ())
+    assert (wrong.answer, wrong.fields["chosen"], wrong.fields["rejected"]) == ("4", "4", "5")
+    assert [last(request) for request in writer.asked] == ["Q, not 5"]
+
+
+def test_a_task_that_cannot_grade_rejects_the_row_and_asks_nothing():
+    writer = Scripted(lambda request: "4")
+    broken = Graded(list, lambda example, answer: float("one"))
+    (row,) = through([Example.of("Q", answer="5")], correct(teacher=writer, task=broken))
+
+    assert row.rejection.startswith("correct: ValueError")
+    assert not writer.asked
+
+
 def test_a_teacher_that_corrects_sees_the_right_answer():
     writer = Scripted(improving("A"))
     through([Example.of("Q", answer="A", reference="secret")], correct(teacher=writer))
@@ -246,6 +267,7 @@ def test_rejected_rows_travel_through_untouched(make):
     "make",
     [
         lambda: correct(teacher=Scripted(str), rounds=0),
+        lambda: correct(teacher=Scripted(str), rounds=2, template="$prompt"),
         lambda: constitutional(student=Scripted(str), rounds=0),
         lambda: rubric_scores(judge=Scripted(str), rubrics={}),
         lambda: soft_preference(judge=Scripted(str), clamp=(0.6, 0.4)),

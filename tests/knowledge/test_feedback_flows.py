@@ -133,7 +133,7 @@ def test_each_can_be_written_in_a_recipe(tmp_path, section):
     (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
     if section["use"] in ("star", "rejection_sampling", "rest"):
         section = {**section, "task": {"use": "gsm8k", "path": str(tmp_path)}}
-    nest = check_nest("elicitor", section, place="elicit.steps[0]", shared=True)
+    nest = check_nest("elicitor", section, place="elicit.steps[0]", words=frozenset({"teacher"}))
     writer = fake(everyone)
     step = nest.build(lambda inner: writer if isinstance(inner, str) else inner.build(lambda _: writer))
 

@@ -9,6 +9,8 @@ import pytest
 from potstill.core.errors import RecipeError
 from potstill.core.writing import Example, Failure, Message, Reply
 from potstill.knowledge import label, self_consistency, system_messages
+from potstill.knowledge.filtering import spelled
+from potstill.knowledge.label import reasoned
 from tests.knowledge.scripted import Scripted, last, questions, through
 
 
@@ -42,6 +44,18 @@ def test_a_chain_of_thought_is_split_at_the_last_mark() -> None:
     (row,) = through(questions("q"), label(teacher=writer, chain_of_thought=True))
     assert (row.reasoning, row.answer) == ("2 + 2 #### is 4.", "4")
     assert last(writer.asked[0]).startswith("q\n")
+
+
+def test_what_was_thought_before_speaking_is_part_of_the_reasoning() -> None:
+    thinking = Reply(key="k", text="So it is 4.\n#### 4", reasoning="2 and 2 make 4.")
+    row = reasoned(Example.of("q"), thinking, "step")
+    assert (row.reasoning, row.answer) == ("2 and 2 make 4.\nSo it is 4.", "4")
+
+
+def test_votes_differ_by_signs_and_not_by_case_or_space() -> None:
+    """As words, which drop punctuation, 1.5 would be 15 (tasks.answers)."""
+    assert spelled(" The  Cat\n") == spelled("the cat")
+    assert spelled("1.5") != spelled("15")
 
 
 def test_reasoning_without_a_final_answer_is_rejected_with_its_text() -> None:

@@ -106,6 +106,15 @@ def test_star_leaves_a_failure_without_reference_rejected():
     assert rows[-1].rejection == "star: no reference to give as a hint"
 
 
+def test_star_asks_with_the_templates_of_its_knobs():
+    writer = Scripted(lambda request: "right #### 4" if "It is 4." in last(request) else "wrong #### 1")
+    step = star(student=writer, task=SUMS, template="Solve: $prompt", hint="$prompt It is $answer.")
+    (kept,) = alive(through([Example.of("Q", reference="4")], step))
+
+    assert [last(request) for request in writer.asked] == ["Solve: Q", "Q It is 4."]
+    assert (kept.answer, kept.fields["rationalised"]) == ("4", True)
+
+
 # Rejection sampling
 
 

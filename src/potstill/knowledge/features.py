@@ -3,15 +3,15 @@
     filled = fill_signals(elicited, teacher, "features", tokenizer=student.tokenizer)
     fit(Offline(student, remembered(filled.signals)), Objective(term("forward_kl")), filled.data.train, ...)
 
-A white-box teacher's logits and layers go to a signal store (`fill_signals`); of one behind a server only the listed
-log-probabilities can be had, which is enough for its law over a few options (`soft_labels`).
+A white-box teacher's logits and layers go to a signal store (`fill_signals`), and so do the log-probabilities that a
+server told with its answers (`fill_told`). These are enough, too, for a law over a few options (`soft_labels`).
 """
 
 from __future__ import annotations
 
 import math
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,15 +20,17 @@ import torch
 from potstill.core.catalog import part
 from potstill.core.errors import RecipeError
 from potstill.core.types import Teacher
-from potstill.core.writing import JSON, Example, Reply, TokenLogProb, Writer
+from potstill.core.writing import JSON, Example, Lineage, Reply, TokenLogProb, Writer
 from potstill.data.chat import ChatData, chat
 from potstill.data.exports import Reasoning, export_rows
 from potstill.data.tokens import Tokenizer
 from potstill.knowledge.flow import each
 from potstill.knowledge.judge import MOST_ALTERNATIVES
 from potstill.knowledge.steps import Sampling, Step, conversation, fill, prompt
-from potstill.stores.sketch import Sampled, Sketch
+from potstill.stores.requests import Requests
+from potstill.stores.sketch import Sampled, Sketch, Top
 from potstill.teachers.remembered import Built, build
+from potstill.teachers.told import Account, Told
 
 ROWS, SIGNALS = "rows.jsonl", "signals"
 
@@ -41,6 +43,8 @@ class Filled:
     signals: Path
     """For `teachers.remembered`."""
     built: Built
+    account: Account | None = None
+    """Of what a server told: how many rows have it, and why the others have not."""
 
 
 def fill_signals(
@@ -71,6 +75,60 @@ def fill_signals(
     data = chat(
         str(file), tokenizer=tokenizer, batch=batch, length=length, seed=seed, template=template, test_share=test_share
     )
+    return _filled(data, teacher, place, batch=batch, sketch=sketch, layers=layers, device=device)
+
+
+def fill_told(
+    rows: Iterable[Example],
+    folder: str | Path,
+    *,
+    tokenizer: str | Tokenizer,
+    store: str | Requests = "",
+    k: int = 20,
+    at_least: float = 0.9,
+    reasoning: Reasoning = "text",
+    batch: int = 8,
+    length: int = 512,
+    seed: int = 0,
+    template: str = "own",
+    test_share: float = 0.05,
+) -> Filled:
+    """Store the log-probabilities that a server told with the living rows' answers, asked with log_probs: nothing is
+    asked now. Call it again to go on after a kill.
+
+    tokenizer: the served model's, which the student must have. store, k, at_least: see `teachers.told`. The rest is
+    that of `fill_signals`. Rows that were told nothing stay in the data, for terms that learn from labels.
+    Raises SignalError, with the reasons counted, where too few rows were told.
+    """
+    place = Path(folder)
+    lineages: dict[str, Lineage] = {}
+
+    def noted() -> Iterator[Example]:
+        for row in rows:
+            lineages[row.id] = row.lineage
+            yield row
+
+    file = export_rows(noted(), place / ROWS, format="chat", reasoning=reasoning).path
+    data = chat(
+        str(file), tokenizer=tokenizer, batch=batch, length=length, seed=seed, template=template, test_share=test_share
+    )
+    requests = store if isinstance(store, Requests) else Requests(store or None)
+    teacher = Told(file, lineages, reading=data.reading, k=k, store=requests)
+    teacher.account.check(at_least, place=str(file))
+    return replace(_filled(data, teacher, place, batch=batch, sketch=Top(k=k)), account=teacher.account)
+
+
+def _filled(
+    data: ChatData,
+    teacher: Teacher,
+    place: Path,
+    *,
+    batch: int,
+    sketch: Sketch | None,
+    layers: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+) -> Filled:
+    """What the teacher says about both parts of the data, in `place`."""
     built = Built(batches=0, rows=0, positions=0)
     for source in (data.train, data.test):
         if not len(source):

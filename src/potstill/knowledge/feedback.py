@@ -15,14 +15,16 @@ from statistics import fmean
 
 from potstill.core.catalog import part
 from potstill.core.errors import RecipeError
-from potstill.core.writing import JSON, Example, Writer
+from potstill.core.writing import JSON, Example, Task, Writer
 from potstill.knowledge.filtering import checked, text_of
 from potstill.knowledge.flow import each
 from potstill.knowledge.judge import RUBRIC, Combine, Verdict, compare, compare_softly, judged, question_of, rate
-from potstill.knowledge.samples import joined, paired, spoken, words
+from potstill.knowledge.samples import joined, paired, reward_of, score_in, spoken, words
 from potstill.knowledge.steps import Sampling, Step, fill, prompt, put
 
 STOP = "NOTHING TO CHANGE"
+ENOUGH = 0.5
+"""A grade above this is a right answer."""
 
 
 @part("elicitor", paper="Zheng et al. 2023, arXiv:2306.05685")
@@ -145,6 +147,8 @@ def correct(
     teacher: Writer,
     rubric: str = RUBRIC,
     rounds: int = 1,
+    task: Task | None = None,
+    template: str = "",
     temperature: float | None = None,
     max_tokens: int = 1024,
     name: str = "correct",
@@ -153,16 +157,35 @@ def correct(
 
     The corrected answer becomes the row's, and `chosen` beside the student's own as `rejected`;
     `fields["critiques"]` holds the remarks. An answer with nothing to change passes as it is, without a pair.
+    task: what it grades above 0.5 passes unasked; only mistakes go to the teacher (Chen et al. 2023, arXiv:2310.18628).
+    template: one request in place of critique and revision, with the gaps $prompt, $answer and $reference.
     """
     check_rounds(rounds, name)
+    if template and rounds > 1:
+        raise RecipeError(f"{name}.rounds: found {rounds}, expected 1 with a template, which is asked once.")
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    reward = None if task is None else reward_of(task=task, score=None, judge=None, step=name)
 
-    async def decide(row: Example) -> Example:
-        if not row.answer:
-            return row.rejected(name, "no answer to correct")
-        return await refined(row, teacher, teacher, sampling, rubric=rubric, rounds=rounds, step=name)
+    async def written(row: Example) -> Example:
+        if not template:
+            return await refined(row, teacher, teacher, sampling, rubric=rubric, rounds=rounds, step=name)
+        text = fill(template, prompt=row.prompt, answer=spoken(row), reference=row.reference)
+        told, reply = await put(teacher, row, text, sampling=sampling, step=name, template=template)
+        return told if told.rejection else _changed(row, told, reply.text.strip(), remarks=())
 
-    return checked(name, lambda: decide, writers=(teacher,))
+    def begin() -> Callable[[Example], Awaitable[Example]]:
+        measure = None if reward is None else reward.begin()
+
+        async def decide(row: Example) -> Example:
+            if not row.answer:
+                return row.rejected(name, "no answer to correct")
+            graded = row if measure is None else await measure(row)
+            is_right = measure is not None and not graded.rejection and score_in(graded) > ENOUGH
+            return row if is_right else graded if graded.rejection else await written(row)
+
+        return decide
+
+    return checked(name, begin, writers=(teacher,))
 
 
 async def refined(
@@ -191,12 +214,7 @@ async def refined(
         now = await revised(now, said, writer, sampling, step=step)
         if now.rejection:
             break
-    if now.rejection:
-        return now
-    fields: dict[str, JSON] = {**now.fields, "draft": draft, "critiques": remarks}
-    if now.answer == draft:
-        return replace(now, answer=row.answer, reasoning=row.reasoning, fields=fields)
-    return replace(now, fields={**fields, "chosen": now.answer, "rejected": draft})
+    return now if now.rejection else _changed(row, now, now.answer, remarks=remarks)
 
 
 def check_rounds(rounds: int, step: str) -> None:
@@ -227,6 +245,15 @@ async def revised(
     text = fill(template, question=question_of(row), answer=row.answer, critique=remarks)
     told, reply = await put(writer, row, text, sampling=sampling, step=step, template=template)
     return told if told.rejection else replace(told, answer=reply.text.strip())
+
+
+def _changed(row: Example, told: Example, answer: str, *, remarks: Sequence[JSON]) -> Example:
+    """The told row with the answer that takes the place of the row's own, and both as a pair where they differ."""
+    draft = spoken(row)
+    fields: dict[str, JSON] = {**told.fields, "draft": draft, "critiques": list(remarks)}
+    if answer == draft:
+        return replace(told, answer=row.answer, reasoning=row.reasoning, fields=fields)
+    return replace(told, answer=answer, reasoning="", fields={**fields, "chosen": answer, "rejected": draft})
 
 
 def _compared(judge: Writer, ask: Callable[[Example, str, str], Awaitable[Verdict]], name: str) -> Step:

@@ -63,6 +63,11 @@ def text_filter(name: str, on: str, fault: Callable[[str], str]) -> Step:
     return gated(name, lambda: decide)
 
 
+def spelled(text: str) -> str:
+    """Case and white space aside: texts that are the same so are one. Signs stay: 1.5 is not 15."""
+    return " ".join(text.casefold().split())
+
+
 def text_of(row: Example, on: str) -> str:
     """The text called `on`: the prompt, the answer, ..., or a field of the row."""
     text = getattr(row, on) if on in TEXTS else row.fields.get(on)

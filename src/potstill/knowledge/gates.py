@@ -11,7 +11,7 @@ import numpy as np
 
 from potstill.core.catalog import find, part
 from potstill.core.writing import JSON, Example, Rows, content_id
-from potstill.knowledge.filtering import Decide, gated, text_of
+from potstill.knowledge.filtering import Decide, gated, spelled, text_of
 from potstill.knowledge.flow import each
 from potstill.knowledge.rouge import RougePool
 from potstill.knowledge.steps import Step
@@ -32,7 +32,7 @@ def exact_duplicate(*, on: str = "prompt", name: str = "exact_duplicate") -> Ste
     """Drops a row whose text was there before; case and white space aside."""
 
     def key(row: Example) -> str:
-        return content_id(" ".join(text_of(row, on).casefold().split()))
+        return content_id(spelled(text_of(row, on)))
 
     return _first_of(name, key, "the text was there before", on=on)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from potstill.core.catalog import part
 from potstill.core.errors import RecipeError
 from potstill.core.writing import Example, Message, Reply, Writer
+from potstill.knowledge.filtering import spelled
 from potstill.knowledge.flow import each, grouped
 from potstill.knowledge.steps import Sampling, Step, ask_all, chance, conversation, fill, prompt, refused
 
@@ -50,15 +52,12 @@ def label(
 
     def read(row: Example, reply: Reply) -> Example:
         told = row.told(reply, by=teacher, template=instruction)
+        if chain_of_thought:
+            found = reasoned(told, reply, name)
+            return found if found.rejection else found.passed(name)
         if (dropped := refused(told, name, reply)) is not None:
             return dropped
-        if not chain_of_thought:
-            return told.passed(name, answer=reply.text.strip(), reasoning=reply.reasoning.strip())
-        reasoning, mark, answer = reply.text.rpartition(MARK)
-        if not mark or not answer.strip():
-            return told.rejected(name, f"no answer after {MARK}", raw=reply.text)
-        thought = "\n".join(filter(None, (reply.reasoning.strip(), reasoning.strip())))
-        return told.passed(name, answer=answer.strip(), reasoning=thought)
+        return told.passed(name, answer=reply.text.strip(), reasoning=reply.reasoning.strip())
 
     async def work(row: Example) -> Iterable[Example]:
         text = fill(instruction, **{**row.fields, "prompt": row.prompt})
@@ -79,16 +78,16 @@ def self_consistency(*, at_least: float = 0.0, name: str = "self_consistency") -
     """
 
     async def work(rows: Sequence[Example]) -> Iterable[Example]:
-        votes = Counter(_spelled(row.answer) for row in rows)
+        votes = Counter(spelled(row.answer) for row in rows)
         winner, count = votes.most_common(1)[0]  # of equals the one that came first
         share = count / len(rows)
-        chosen = next(row for row in rows if _spelled(row.answer) == winner)
+        chosen = next(row for row in rows if spelled(row.answer) == winner)
         if share < at_least:
             return [row.rejected(name, f"fewer than {at_least:.0%} agree", raw=row.answer) for row in rows]
         return [
             row.passed(name, fields={**row.fields, "agreement": share})
             if row is chosen
-            else row.rejected(name, "outvoted" if _spelled(row.answer) != winner else "said already", raw=row.answer)
+            else row.rejected(name, "outvoted" if spelled(row.answer) != winner else "said already", raw=row.answer)
             for row in rows
         ]
 
@@ -120,6 +119,17 @@ def system_messages(
     return Step(name=name, run=lambda rows: each(rows, work))
 
 
+def reasoned(told: Example, reply: Reply, step: str) -> Example:
+    """A told row whose reply reasons, aloud or before it speaks, and gives the answer after "#### "; else rejected."""
+    if (dropped := refused(told, step, reply)) is not None:
+        return dropped
+    reasoning, mark, answer = reply.text.rpartition(MARK)
+    if not mark or not answer.strip():
+        return told.rejected(step, f"no answer after {MARK}", raw=reply.text)
+    thought = "\n".join(filter(None, (reply.reasoning.strip(), reasoning.strip())))
+    return replace(told, answer=answer.strip(), reasoning=thought)
+
+
 def _turns(pair: Mapping[str, str], name: str) -> tuple[Message, Message]:
     if set(pair) != {"prompt", "answer"}:
         raise RecipeError(f"{name}.demonstrations: found the keys {sorted(pair)}, expected 'prompt' and 'answer'.")
@@ -128,7 +138,3 @@ def _turns(pair: Mapping[str, str], name: str) -> tuple[Message, Message]:
 
 def _question(row: Example) -> str:
     return row.lineage.parents[0] if row.lineage.parents else row.id
-
-
-def _spelled(answer: str) -> str:
-    return " ".join(answer.casefold().split())

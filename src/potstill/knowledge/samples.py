@@ -163,16 +163,6 @@ def paired(row: Example, answers: Sequence[str], scores: Sequence[float], step: 
     )
 
 
-def reasoned(told: Example, reply: Reply, step: str) -> Example:
-    """A told row whose reply reasons and then gives the answer after "#### "; rejected where it does not."""
-    if (dropped := refused(told, step, reply)) is not None:
-        return dropped
-    reasoning, mark, answer = reply.text.rpartition(MARK)
-    if not mark or not answer.strip():
-        return told.rejected(step, f"no answer after {MARK}", raw=reply.text)
-    return replace(told, answer=answer.strip(), reasoning=reasoning.strip())
-
-
 def spoken(row: Example) -> str:
     """What the row's writer said: the reasoning where it is kept apart, then the answer."""
     return f"{row.reasoning}\n{MARK} {row.answer}" if row.reasoning else row.answer

@@ -16,8 +16,8 @@ from potstill.core.errors import RecipeError
 from potstill.core.writing import Example, Message, Rows, Task, Writer
 from potstill.knowledge.calculations import equations, holds
 from potstill.knowledge.flow import each
-from potstill.knowledge.label import MARK
-from potstill.knowledge.samples import Draw, Measure, Score, measured, reasoned, reward_of, score_in, spoken
+from potstill.knowledge.label import MARK, reasoned
+from potstill.knowledge.samples import Draw, Measure, Score, measured, reward_of, score_in, spoken
 from potstill.knowledge.steps import Sampling, Step, ask_all, chance, conversation, fill, prompt
 
 GIVEN_AWAY = re.compile(r"\b(hint|(was|is|were|as) (given|told)|given answer|told the answer|right answer is)\b", re.I)
@@ -31,6 +31,8 @@ def star(
     task: Task,
     demonstrations: Sequence[Mapping[str, str]] = (),
     rationalise: float = 1.0,
+    template: str = "",
+    hint: str = "",
     above: float = 0.5,
     temperature: float = 0.01,
     top_p: float = 0.9,
@@ -43,14 +45,15 @@ def star(
 
     Kept are rows whose answer the task grades above 0.5, without the hint; `fields["rationalised"]` says which had one.
     A first attempt that failed stays as a rejected row (id `<row>.0`). demonstrations: {"prompt", "reasoning",
-    "answer"}, about ten. rationalise: share of the failures that get a hint. Numbers: repository of the paper.
-    Train each round from the base model.
+    "answer"}, about ten. rationalise: share of the failures that get a hint. template and hint: the two requests,
+    with the gaps $prompt and $answer (the right one). Numbers: repository of the paper. Train each round from the base
+    model.
     """
     for pair in demonstrations:
         if set(pair) != {"prompt", "reasoning", "answer"}:
             raise RecipeError(f"{name}.demonstrations: found {sorted(pair)}, expected prompt, reasoning and answer.")
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, stop=tuple(stop))
-    plain, hinted = prompt("chain_of_thought"), prompt("star_hint")
+    plain, hinted = template or prompt("chain_of_thought"), hint or prompt("star_hint")
     reward = reward_of(task=task, score=None, judge=None, step=name)
 
     async def attempt(row: Example, template: str, measure: Measure) -> Example:
