@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from potstill.core.types import Batch, Source, Teacher
     from potstill.objective import Objective
     from potstill.schemes import Offline
+    from potstill.students import HfModel
 
 WEIGHTS = "model.safetensors"
 BUILD = "student.yaml"
@@ -74,25 +75,54 @@ def make_model(call: Call, data: Material, *, seed: int) -> nn.Module:
     return model
 
 
+def make_student(call: Call, *, seed: int, last: Path | None = None) -> nn.Module:
+    """A student of texts as a round begins with it: with its first weights, or with those that `last` exported."""
+    import torch
+
+    from potstill.students import Adapted
+
+    torch.manual_seed(seed)
+    model: nn.Module = call()
+    if last is None:
+        return model
+    return (
+        replace(call, knobs={**call.knobs, "model": str(last)})() if isinstance(model, Adapted) else load_student(last)
+    )
+
+
+def writing_part(student: nn.Module, call: Call) -> HfModel:
+    """What of a student writes texts. Raises RecipeError where nothing does."""
+    from potstill.students import Adapted, HfModel
+
+    inside = student.student if isinstance(student, Adapted) else student
+    if not isinstance(inside, HfModel):
+        raise RecipeError(
+            f"student.use: {call.use} writes no texts. Rounds are for hf, hf_fresh, hf_inherited and lora."
+        )
+    return inside
+
+
 def make_teacher(plan: TeacherPlan, data: Material) -> nn.Module | Teacher:
     """The teacher before any training of its own: a frozen one where it comes trained, else a model."""
     from potstill.teachers import load_weights
 
     if card(plan.call.part).kind == "teacher":
         return with_members(
-            plan, lambda member: freeze(make_teacher(member, read_data(member.data, seed=TEACHER_SEED)))
+            plan,
+            lambda member: freeze(make_teacher(member, read_data(member.data, seed=TEACHER_SEED))),
+            **data.read_for(plan.call),
         )
     model = make_model(plan.call, data, seed=TEACHER_SEED)
     return model if plan.weights is None else load_weights(model, plan.weights)
 
 
-def with_members(plan: TeacherPlan, make: Callable[[TeacherPlan], Teacher]) -> Teacher:
-    """A teacher part around the teachers that it is made of."""
+def with_members(plan: TeacherPlan, make: Callable[[TeacherPlan], Teacher], **supplied: object) -> Teacher:
+    """A teacher part around the teachers that it is made of, with what the data supply."""
     known = {
         name: make(members) if isinstance(members, TeacherPlan) else [make(member) for member in members]
         for name, members in plan.members.items()
     }
-    teacher: Teacher = plan.call(**known)
+    teacher: Teacher = plan.call(**known, **supplied)
     return teacher
 
 

@@ -24,7 +24,7 @@ SUPPLIED = {
 """Arguments that the run itself gives."""
 OPTIONAL = {
     "student": FROM_DATA,
-    "teacher": FROM_DATA | {"student", "student_tokenizer", "teacher_tokenizer"},
+    "teacher": FROM_DATA | {"student", "student_tokenizer", "teacher_tokenizer", "reading"},
     "data": frozenset({"tokenizer"}),
     "seeds": frozenset(),
 }

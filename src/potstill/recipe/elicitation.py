@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from potstill.core.catalog import keywords, parts
 from potstill.core.errors import RecipeError, unknown
 from potstill.recipe.calls import Call, check_call, check_keys, choices, section_of
-from potstill.recipe.nested import Nest, check_nest
+from potstill.recipe.nested import SHARED, STUDENT, Nest, check_nest
 from potstill.recipe.signature import check_knobs, in_full, typed
 from potstill.recipe.text import Tree, name_of
 
@@ -85,9 +85,10 @@ def check_elicitation(content: Mapping[str, Tree]) -> Elicitation | None:
     if not isinstance(given, list) or not given:
         found = "no steps" if given is None else name_of(given)
         raise RecipeError(f"elicit.steps: found {found}, expected a list of steps such as [{{use: label}}].")
+    words = {SHARED: teacher is not None, STUDENT: content.get("rounds") is not None}
+    known = frozenset(word for word, is_there in words.items() if is_there)
     steps = tuple(
-        check_nest("elicitor", step, place=f"elicit.steps[{index}]", shared=teacher is not None)
-        for index, step in enumerate(given)
+        check_nest("elicitor", step, place=f"elicit.steps[{index}]", words=known) for index, step in enumerate(given)
     )
     until = _count(section, "until")
     limit = _count(section, "limit")
@@ -130,7 +131,7 @@ def training(content: Mapping[str, Tree], elicitation: Elicitation) -> dict[str,
     if is_writer(rest.get("teacher")):
         rest.pop("teacher")
     if rest.get("student") is None:
-        trains = ("data", "objective", "fit", "stages", "source", "arms", "task", "baseline")
+        trains = ("rounds", "data", "objective", "fit", "stages", "source", "arms", "task", "baseline")
         named = [key for key in trains if rest.get(key)]
         if named:
             raise RecipeError(f"{named[0]}: there is no student, so nothing is trained. Give student, or remove this.")
@@ -158,14 +159,22 @@ def settled(content: Tree, folder: Path, elicitation: Elicitation) -> Tree:
 
 
 def unchanging(resolved: Mapping[str, Tree]) -> dict[str, Tree]:
-    """What of a recipe decides its rows and its training: a raised budget or another key continues a run."""
+    """What of a recipe decides its rows and its training: a raised budget, another key, more rounds continue a run."""
     if resolved.get("elicit") is None:
         return dict(resolved)
     kept = dict(resolved)
     kept["elicit"] = _without(resolved["elicit"])
+    rounds = resolved.get("rounds")
+    if isinstance(rounds, dict):
+        kept["rounds"] = {key: value for key, value in rounds.items() if key != "num_rounds"}
     if is_writer(resolved.get("teacher")):
         kept["teacher"] = _without(resolved["teacher"])
     return kept
+
+
+def asks_student(how: Elicitation) -> bool:
+    """Whether some step asks the student that the recipe trains."""
+    return any(one == STUDENT for step in how.steps for one in _inside(step))
 
 
 def writers_of(how: Elicitation) -> Iterator[Nest]:
@@ -242,13 +251,18 @@ def _written_export(export: Export) -> Tree:
 
 def _writers(nest: Nest) -> Iterator[Nest]:
     """The writers inside a step, however deep."""
+    return (one for one in _inside(nest) if isinstance(one, Nest) and one.call.kind == "writer")
+
+
+def _inside(nest: Nest) -> Iterator[Nest | str]:
+    """The parts that a part is given, or the words for them, and those that they are given."""
     for inner in nest.inner.values():
         several = inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, tuple) else (inner,)
         for one in several:
+            if isinstance(one, Nest | str):
+                yield one
             if isinstance(one, Nest):
-                if one.call.kind == "writer":
-                    yield one
-                yield from _writers(one)
+                yield from _inside(one)
 
 
 def _paths(content: Tree) -> Iterator[str]:

@@ -17,13 +17,14 @@ from potstill.core.run import write_json, write_text
 from potstill.core.writing import JSON, Elicitor, Example, Message, Writer, content_id
 from potstill.recipe import text
 from potstill.recipe.elicitation import Elicitation, Export
-from potstill.recipe.nested import SHARED, Nest
+from potstill.recipe.nested import STUDENT, Nest
 from potstill.recipe.text import Tree
 
 if TYPE_CHECKING:
     from potstill.data.data_card import DataCard
     from potstill.knowledge import Elicited
     from potstill.stores.requests import Requests
+    from potstill.students import HfModel
 
 CARD, READ_ME = "card.json", "README.md"
 STAND_INS = 64
@@ -39,18 +40,28 @@ Watch = Callable[[Writer], Writer]
 
 
 class Writers:
-    """The writers of one elicitation: each made once, bound to the run's ledger, store and budget."""
+    """The writers of one elicitation: each made once, bound to the run's ledger, store and budget.
 
-    def __init__(self, how: Elicitation, *, run: str, watch: Watch = lambda writer: writer) -> None:
+    student: who is meant where a step says so, as it is at the beginning of a round.
+    """
+
+    def __init__(
+        self, how: Elicitation, *, run: str, student: HfModel | None = None, watch: Watch = lambda writer: writer
+    ) -> None:
         self._how = how
         self._run = run
+        self._student = student
         self._watch = watch
         self._made: dict[str, Writer] = {}
         self._shared = self._common()
 
     def of(self, nest: Nest | str) -> object:
         """The writer or the task of a section; the word `teacher` is the one that steps share."""
-        if nest == SHARED or isinstance(nest, str):
+        if nest == STUDENT:
+            if STUDENT not in self._made:
+                self._made[STUDENT] = self._watch(self._student_writer())
+            return self._made[STUDENT]
+        if isinstance(nest, str):
             assert self._how.teacher is not None, "the recipe was checked"
             return self.of(self._how.teacher)
         if nest.call.kind != "writer":
@@ -70,6 +81,17 @@ class Writers:
             raise RecipeError(f"elicit.budget: {nest.call.use} costs money but keeps no budget. Leave one of them out.")
         writer: Writer = bare.build(self.of, **supplied)  # type: ignore[assignment]
         return writer
+
+    def _student_writer(self) -> Writer:
+        from potstill.stores.requests import Requests
+        from potstill.teachers.local_writer import LocalTransport
+        from potstill.teachers.writers import writer_over
+
+        assert self._student is not None, "whoever asks a student knows it"
+        shared = self._shared.get("store")
+        store = shared if isinstance(shared, Requests) else ""
+        transport = LocalTransport(self._student)
+        return writer_over(transport, model=self._student.title, price=0.0, store=store, run=self._run)
 
     def _common(self) -> dict[str, object]:
         """The store and the purse that all share, where the recipe asks for them."""
@@ -97,15 +119,30 @@ def seeds_of(how: Elicitation) -> Iterator[Example]:
     return iter(made if isinstance(made, Seeds) else made.examples())
 
 
-def elicit_in(how: Elicitation, folder: Path, *, name: str, about: str, run: str) -> None:
-    """Carry it out in `folder`, or go on where it was stopped. What is finished is left as it is."""
+def elicit_in(
+    how: Elicitation,
+    folder: Path,
+    *,
+    name: str,
+    about: str,
+    run: str,
+    student: Callable[[], HfModel] | None = None,
+    part: Callable[[Iterator[Example]], Iterator[Example]] = iter,
+    paid: float = 0.0,
+) -> None:
+    """Carry it out in `folder`, or go on where it was stopped. What is finished is left as it is.
+
+    student: gives the one that steps ask by this word. part: which of the seeds are meant. paid: dollars of the run's
+    earlier rounds, which are no cost of these rows.
+    """
     from potstill.data.exports import export_rows
     from potstill.knowledge import elicit
 
     if (folder / CARD).is_file():
         return
-    writers = Writers(how, run=run)
-    told = elicit(seeds_of(how), *steps_of(how, writers), out=folder, until=how.until, limit=how.limit)
+    writers = Writers(how, run=run, student=None if student is None else student())
+    told = elicit(part(seeds_of(how)), *steps_of(how, writers), out=folder, until=how.until, limit=how.limit)
+    told = replace(told, dollars=told.dollars - paid)
     if not told.num_accepted:
         reasons = ", ".join(f"{count:,} {why}" for why, count in itertools.islice(told.reasons.items(), 5))
         raise DataError(
@@ -149,9 +186,9 @@ def card_of(
     )
 
 
-def rows_of(how: Elicitation) -> Rows:
+def rows_of(how: Elicitation, *, student: HfModel | None = None) -> Rows:
     """(what, value) lines for `potstill check`: everything is made, nothing is asked."""
-    writers = Writers(how, run="")
+    writers = Writers(how, run="", student=student)
     steps = steps_of(how, writers)
     first = next(seeds_of(how), None)
     if first is None:

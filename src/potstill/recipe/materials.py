@@ -59,6 +59,11 @@ class Material(ABC):
         """DataError for a teacher that would read these data otherwise than its own."""
 
     @abstractmethod
+    def read_for(self, call: Call) -> Mapping[str, object]:
+        """How the data were read, for a teacher that speaks of these very rows. RecipeError where they are no rows of
+        text."""
+
+    @abstractmethod
     def rows(self) -> Rows:
         """(what, value) lines for `potstill check`."""
 
@@ -133,6 +138,11 @@ class Pictures(Material):
     def check_teacher(self, teacher: Teacher) -> None:
         pass
 
+    def read_for(self, call: Call) -> Mapping[str, object]:
+        if call.takes("reading"):
+            raise RecipeError(f"teacher.use: {call.use} speaks of texts, and these data are pictures.")
+        return {}
+
     def rows(self) -> Rows:
         return (
             ("training rows", f"{self.train.num_rows:,}"),
@@ -202,6 +212,9 @@ class Texts(Material):
             and written == template_of(self.data.tokenizer, "own").text
         ):
             check_same_text(self.data, theirs)
+
+    def read_for(self, call: Call) -> Mapping[str, object]:
+        return {"reading": self.data.reading} if call.takes("reading") else {}
 
     def rows(self) -> Rows:
         report = self.data.report

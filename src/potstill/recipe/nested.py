@@ -14,9 +14,17 @@ from potstill.recipe.text import Tree, name_of
 
 SHARED = "teacher"
 """In place of a writer's section: the one that the whole elicitation asks."""
+STUDENT = "student"
+"""In place of a writer's section: the student that the recipe trains, as the round before left it."""
+NAMELESS = {
+    SHARED: "no teacher is named. Give teacher: {use: endpoint, model: NAME, url: ADDRESS} here, in elicit, or for the "
+    "whole recipe.",
+    STUDENT: "only a recipe with rounds trains the student that it asks. Give rounds: 3, or here a writer such as "
+    "{use: local_writer, model: FOLDER}.",
+}
 
 Inner: TypeAlias = "Nest | str | tuple[Inner, ...] | Mapping[str, Inner]"
-"""A part, the word for the shared writer, or several of these."""
+"""A part, the word for a writer that has no section here, or several of these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +46,8 @@ class Nest:
         return (self.call.written(), *(found for inner in self.inner.values() for found in _sections(inner)))
 
 
-def check_nest(kind: str, section: Tree, *, place: str, shared: bool = False) -> Nest:
-    """A section with `use` and the sections inside it. `shared`: there is a writer for steps that name none.
+def check_nest(kind: str, section: Tree, *, place: str, words: frozenset[str] = frozenset()) -> Nest:
+    """A section with `use` and the sections inside it. `words`: the writers that a step may call by a word.
 
     Raises RecipeError: place, found, expected.
     """
@@ -54,36 +62,31 @@ def check_nest(kind: str, section: Tree, *, place: str, shared: bool = False) ->
     for name, (their_kind, shape) in nested.items():
         here = f"{place}.{name}"
         if name in section and section[name] is not None:
-            inner[name] = _inner(their_kind, shape, section[name], place=here, shared=shared)
-        elif name == SHARED and their_kind == "writer" and shape == "one":
-            inner[name] = _inner(their_kind, shape, SHARED, place=here, shared=shared)
+            inner[name] = _inner(their_kind, shape, section[name], place=here, words=words)
+        elif (name == SHARED or name in words) and their_kind == "writer" and shape == "one":
+            inner[name] = _inner(their_kind, shape, name, place=here, words=words)
         elif keywords(call.part)[name].default is keywords(call.part)[name].empty:
             hint = ", or the word teacher" if their_kind == "writer" else ""
-            raise RecipeError(
-                f"{place}: {call.use} needs '{name}', a {their_kind} such as {{use: {_first(their_kind)}, ...}}{hint}."
-            )
+            rounds = " A recipe with rounds gives its own student." if name == STUDENT else ""
+            wanted = f"a {their_kind} such as {{use: {_first(their_kind)}, ...}}{hint}.{rounds}"
+            raise RecipeError(f"{place}: {call.use} needs '{name}', {wanted}")
     return Nest(call=call, inner=inner)
 
 
-def _inner(kind: str, shape: str, given: Tree, *, place: str, shared: bool) -> Inner:
+def _inner(kind: str, shape: str, given: Tree, *, place: str, words: frozenset[str]) -> Inner:
     if shape == "list" and isinstance(given, list):
         return tuple(
-            _inner(kind, "one", entry, place=f"{place}[{index}]", shared=shared) for index, entry in enumerate(given)
+            _inner(kind, "one", entry, place=f"{place}[{index}]", words=words) for index, entry in enumerate(given)
         )
     if shape == "mapping" and isinstance(given, dict):
-        return {
-            name: _inner(kind, "one", entry, place=f"{place}.{name}", shared=shared) for name, entry in given.items()
-        }
+        return {name: _inner(kind, "one", entry, place=f"{place}.{name}", words=words) for name, entry in given.items()}
     if shape != "one":
         raise RecipeError(f"{place}: found {name_of(given)}, expected a {shape} of {kind}s.")
-    if kind == "writer" and given == SHARED:
-        if not shared:
-            raise RecipeError(
-                f"{place}: no teacher is named. Give teacher: {{use: endpoint, model: NAME, url: ADDRESS}} here, in "
-                "elicit, or for the whole recipe."
-            )
-        return SHARED
-    return check_nest(kind, given, place=place, shared=shared)
+    if kind == "writer" and isinstance(given, str) and given in NAMELESS:
+        if given not in words:
+            raise RecipeError(f"{place}: {NAMELESS[given]}")
+        return given
+    return check_nest(kind, given, place=place, words=words)
 
 
 def _made(inner: Inner, make: Callable[[Nest | str], object]) -> object:

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from potstill.core.catalog import keywords
 from potstill.core.errors import RecipeError, UserError, unknown
 from potstill.core.types import Need
 from potstill.recipe.building import (
     TEACHER_SEED,
     freeze,
     make_model,
+    make_student,
     make_teacher,
     objective_of,
     read_data,
     source_of,
     teaching,
+    writing_part,
 )
 from potstill.recipe.calls import Call
-from potstill.recipe.eliciting import rows_of, stand_in
+from potstill.recipe.eliciting import rows_of, seeds_of, stand_in
 from potstill.recipe.materials import Material, Rows, Texts
 from potstill.recipe.memory import enough_memory
 from potstill.recipe.sections import DataRecipe, Recipe, TeacherPlan, settle
@@ -56,7 +59,13 @@ def plan(recipe: Recipe | DataRecipe) -> Plan:
     if recipe.elicitation is None:
         return _plan(recipe)
     with enough_memory():
-        parts = [("elicit", rows_of(recipe.elicitation))]
+        parts = []
+        student = None
+        if isinstance(recipe, Recipe) and recipe.rounds is not None:
+            parts.append(("rounds", recipe.rounds.rows()))
+            recipe.rounds.check_seeds(seeds_of(recipe.elicitation))
+            student = writing_part(make_student(recipe.student, seed=recipe.seeds[0]), recipe.student)
+        parts.append(("elicit", rows_of(recipe.elicitation, student=student)))
         if isinstance(recipe, Recipe):
             with tempfile.TemporaryDirectory(prefix="potstill-") as folder:
                 stand_in(recipe.elicitation, Path(folder))
@@ -67,7 +76,7 @@ def plan(recipe: Recipe | DataRecipe) -> Plan:
 
 def _plan(recipe: Recipe) -> Plan:
     from potstill.recipe.caching import sketch_for
-    from potstill.teachers import Remembered
+    from potstill.teachers import Remembered, Told
 
     with enough_memory():
         data = read_data(recipe.data, seed=recipe.seeds[0])
@@ -77,10 +86,13 @@ def _plan(recipe: Recipe) -> Plan:
         teacher = None
         if recipe.teacher is not None:
             if not recipe.teacher.follows_student:
-                teacher = freeze(make_teacher(recipe.teacher, data))
+                teacher = _unasked(recipe.teacher, data) if recipe.elicitation is not None else None
+                teacher = freeze(make_teacher(recipe.teacher, data)) if teacher is None else teacher
                 data.check_teacher(teacher)
                 if isinstance(teacher, Remembered):
                     parts.append(("teacher", check_store(teacher, recipe, data)))
+                if isinstance(teacher, Told):
+                    parts.append(("teacher", teacher.account.lines()))
             if recipe.teacher.remember:
                 needed(recipe)
                 sketch_for(recipe.teacher.remember, recipe, data)
@@ -89,6 +101,15 @@ def _plan(recipe: Recipe) -> Plan:
             scheme_of = teaching(arm, None if arm.teacher is None else teacher)
             parts += _rehearse(name, arm.student, arm.stages, scheme_of, seed=recipe.seeds[0])
     return Plan(parts=tuple(parts))
+
+
+def _unasked(how: TeacherPlan, data: Material) -> Teacher | None:
+    """Who stands for a teacher that will speak of rows which are yet to be elicited; None for any other."""
+    from potstill.teachers.told import Unasked
+
+    if not isinstance(data, Texts) or not how.call.takes("reading"):
+        return None
+    return Unasked(size=len(data.data.tokenizer), k=how.call.knobs.get("k", keywords(how.call.part)["k"].default))
 
 
 def _task_rows(problems: Problems, data: Material) -> Rows:

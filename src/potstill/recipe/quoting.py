@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from potstill.core.catalog import keywords
 from potstill.core.errors import DataError, RecipeError
 from potstill.core.writing import Reply, Request, Usage, Writer
+from potstill.recipe.building import make_student, writing_part
 from potstill.recipe.elicitation import Elicitation, writers_of
 from potstill.recipe.eliciting import Writers, seeds_of, steps_of
 from potstill.recipe.memory import enough_memory
@@ -73,6 +74,8 @@ class Quoted:
     """For the sample, in dollars; a run does not pay it again."""
     seconds: float | None
     """None where every answer of the sample was in the store."""
+    num_rounds: int | None = None
+    """All figures are of one round and one seed, the student as it is before the first; None: there are no rounds."""
 
     @property
     def dollars(self) -> float | None:
@@ -94,7 +97,11 @@ class Quoted:
             ("dollars", _money(self.dollars, self.margin)),
             ("time", "unknown: every answer was in the store" if self.seconds is None else _time(self.seconds)),
             ("paid for the sample", f"{self.paid:,.4f} dollars; the run has these answers from the store"),
+            *([] if self.num_rounds is None else [("rounds", self._rounds())]),
         )
+
+    def _rounds(self) -> str:
+        return f"{self.num_rounds}; all of this is per round, judged by the student as it is before the first"
 
     def by_step(self) -> tuple[tuple[str, ...], ...]:
         """(step, writer, requests, tokens in, tokens out, dollars) lines."""
@@ -120,10 +127,14 @@ def quote(recipe: Recipe | DataRecipe, *, sample: int = 20) -> Quoted:
     from potstill.knowledge import elicit
 
     asked: list[Asked] = []
+    rounds = recipe.rounds if isinstance(recipe, Recipe) else None
     with enough_memory(), tempfile.TemporaryDirectory(prefix="potstill-") as folder:
-        writers = Writers(how, run="", watch=lambda writer: _Metered(writer, asked))
+        student = None
+        if isinstance(recipe, Recipe) and rounds is not None:
+            student = writing_part(make_student(recipe.student, seed=recipe.seeds[0]), recipe.student)
+        writers = Writers(how, run="", student=student, watch=lambda writer: _Metered(writer, asked))
         steps = steps_of(how, writers)
-        num_seeds = sum(1 for _ in seeds_of(how))
+        num_seeds = sum(1 for _ in (seeds_of(how) if rounds is None else rounds.part(seeds_of(how), 0)))
         enough = None if how.until is None and how.limit is None else min(sample, how.until or sample)
         told = elicit(
             itertools.islice(seeds_of(how), sample),
@@ -146,6 +157,7 @@ def quote(recipe: Recipe | DataRecipe, *, sample: int = 20) -> Quoted:
         lines=lines,
         paid=sum(each.dollars or 0.0 for each in asked if each.seconds is not None),
         seconds=statistics.fmean(waits) * len(asked) * scale / _at_once(how) if waits else None,
+        num_rounds=None if rounds is None else rounds.num_rounds,
     )
 
 

@@ -5,11 +5,9 @@ A kill at any moment hurts nothing: the same command finds what is finished and 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,31 +19,24 @@ from potstill.recipe.building import (
     TEACHER_SEED,
     freeze,
     load_student,
-    make_model,
     make_teacher,
-    objective_of,
     read_data,
-    save_student,
-    source_of,
     teaching,
     with_members,
 )
-from potstill.recipe.calls import Call
 from potstill.recipe.elicitation import FOLDER, unchanging
 from potstill.recipe.eliciting import CARD, elicit_in
 from potstill.recipe.materials import Material
 from potstill.recipe.memory import enough_memory
 from potstill.recipe.plan import plan
+from potstill.recipe.playing import last_elicited, play_rounds
 from potstill.recipe.sections import DataRecipe, Recipe, TeacherPlan, build, settle
-from potstill.recipe.solving import Problems, Solved, solved
-from potstill.recipe.stages import Stage
+from potstill.recipe.solving import Problems
+from potstill.recipe.training import score_into, scores_of, solved_by, train
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from potstill.core.types import Teacher
     from potstill.loops.parallel import Ranks
-    from potstill.schemes import Offline
 
 
 CACHE = "cache"
@@ -93,13 +84,13 @@ def score(path: Path) -> dict[str, object]:
     if isinstance(recipe, DataRecipe):
         raise RecipeError(f"{path}: this run made a data set and trained no student, so there is nothing to score.")
     if recipe.elicitation is not None:
-        recipe = settle(recipe, folder.path / FOLDER)
+        recipe = settle(recipe, folder.path / FOLDER if recipe.rounds is None else last_elicited(recipe, folder))
     data = read_data(recipe.data, seed=recipe.seeds[0])
     judge = None
     if recipe.teacher is not None and not recipe.teacher.follows_student:
         judge = _stored_teacher(recipe.teacher, folder, "teacher", data)
     student = load_student(folder.student)
-    return _scores(student, data, judge=judge, done=_solved(student, recipe.task))
+    return scores_of(student, data, judge=judge, done=solved_by(student, recipe.task))
 
 
 def export(path: Path, destination: Path) -> Path:
@@ -126,6 +117,8 @@ def _claim(folder: RunFolder, recipe: Recipe | DataRecipe, command: str) -> None
             )
         if text.first_difference(before, dict(recipe.resolved)):
             write_text(folder.recipe, text.write(recipe.resolved))  # how requests travel, or a raised budget
+            if before.get("rounds") != recipe.resolved.get("rounds"):
+                folder.report.unlink(missing_ok=True)  # it tells of another number of rounds
     elif folder.path.exists() and not folder.recipe.exists() and (not folder.path.is_dir() or _visible(folder.path)):
         raise RecipeError(f"{folder.path} is there already and holds no run. Choose another --out.")
     else:
@@ -152,6 +145,9 @@ def _visible(path: Path) -> list[Path]:
 def _carry_out(recipe: Recipe, folder: RunFolder, ranks: Ranks, command: str) -> None:
     """Teacher, then for every seed all arms, then what is told of them."""
     start = time.monotonic() - _trained_seconds(folder)
+    if recipe.rounds is not None:
+        _carry_out_rounds(recipe, folder, ranks, command, start=start)
+        return
     # Whatever can be refused is refused before a teacher has been trained for an hour.
     if recipe.elicitation is None:
         ranks.from_main(lambda: plan(recipe).parts)
@@ -170,14 +166,31 @@ def _carry_out(recipe: Recipe, folder: RunFolder, ranks: Ranks, command: str) ->
         for name, arm in recipe.arms.items():
             place = f"{name}-seed{seed}"
             scheme = teaching(arm, None if arm.teacher is None else source)
-            _train(
+            train(
                 arm.student, arm.stages, scheme, folder.arm(place),
                 seed=seed, judge=teacher, ranks=ranks, task=recipe.task,
             )  # fmt: skip
             arms[name] += [_entry(folder, place, seed)] if ranks.is_main else []
-    told: dict[str, Any] = {"name": recipe.name, "about": recipe.about, "cite": recipe.cite, "command": command}
-    told["arms"] = {name: entries for name, entries in arms.items() if entries}
+    told = _titles(recipe, command) | {"arms": {name: entries for name, entries in arms.items() if entries}}
     ranks.from_main(lambda: _tell(folder, {**told, "seconds": round(time.monotonic() - start, 3)}, first=recipe.main))
+
+
+def _carry_out_rounds(recipe: Recipe, folder: RunFolder, ranks: Ranks, command: str, *, start: float) -> None:
+    """The same where the student is asked and taught anew: each round is an arm of the report."""
+    if not ranks.from_main(lambda: any(folder.path.glob("rounds-*"))):
+        ranks.from_main(lambda: plan(recipe).parts)
+    arms = play_rounds(recipe, folder, ranks, teacher_in=teacher_in)
+    last = list(arms)[-1]
+    if folder.arm("teacher").scores.exists():
+        arms["teacher"] = [_entry(folder, "teacher", TEACHER_SEED)]
+    ranks.from_main(lambda: _show_data(settle(recipe, last_elicited(recipe, folder)), folder))
+    told = _titles(recipe, command) | {"arms": arms, "seconds": round(time.monotonic() - start, 3)}
+    ranks.from_main(lambda: _tell(folder, told, first=last))
+
+
+def _titles(recipe: Recipe | DataRecipe, command: str) -> dict[str, Any]:
+    """What a summary begins with."""
+    return {"name": recipe.name, "about": recipe.about, "cite": recipe.cite, "command": command}
 
 
 def _elicit(recipe: Recipe | DataRecipe, folder: RunFolder) -> None:
@@ -199,8 +212,7 @@ def _make_data(recipe: DataRecipe, folder: RunFolder, command: str) -> None:
     from potstill.report import card
 
     _elicit(recipe, folder)
-    told = {"name": recipe.name, "about": recipe.about, "cite": recipe.cite, "command": command, "arms": {}}
-    write_json(folder.summary, told)
+    write_json(folder.summary, _titles(recipe, command) | {"arms": {}})
     card(folder.path)
 
 
@@ -211,20 +223,23 @@ def teacher_in(
     from torch import nn
 
     from potstill.schemes import Offline
-    from potstill.teachers import HfTeacher
+    from potstill.teachers import HfTeacher, Told
 
     arm = folder.arm(name)
     if how.stage is not None:
-        model = _train(how.call, (how.stage,), Offline, arm, seed=TEACHER_SEED, judge=None, ranks=ranks, task=task)
+        model = train(how.call, (how.stage,), Offline, arm, seed=TEACHER_SEED, judge=None, ranks=ranks, task=task)
         return freeze(model, ranks.device)
     if how.members:
         names = {id(member): inner for inner, member in how.arms(name)}
         return with_members(how, lambda member: teacher_in(member, folder, names[id(member)], ranks, task=task))
     data = read_data(how.data, seed=TEACHER_SEED)
     teacher = make_teacher(how, data)
+    if isinstance(teacher, Told):
+        account = dict(teacher.account.lines())
+        ranks.from_main(lambda: write_json(arm.path / "told.json", account))
     model = teacher.student if isinstance(teacher, HfTeacher) else teacher
     if isinstance(model, nn.Module) and not ranks.from_main(arm.scores.exists):
-        ranks.from_main(lambda: _score(model, data, arm, judge=None, task=task))
+        ranks.from_main(lambda: score_into(arm, model, data, judge=None, task=task))
     return freeze(teacher, ranks.device)
 
 
@@ -255,68 +270,6 @@ def _stored_teacher(how: TeacherPlan, folder: RunFolder, name: str, data: Materi
         return with_members(how, lambda member: _stored_teacher(member, folder, names[id(member)], data))
     stored = folder.arm(name).student
     return freeze(load_student(stored) if stored.is_dir() else make_teacher(how, data))
-
-
-def _train(
-    call: Call,
-    stages: Sequence[Stage],
-    scheme_of: Callable[[nn.Module], Offline],
-    arm: RunFolder,
-    *,
-    seed: int,
-    judge: Teacher | None,
-    ranks: Ranks,
-    task: Problems | None,
-) -> nn.Module:
-    """One arm: a model of this seed through all its stages, exported and scored. A finished one is read back."""
-    from potstill.loops.fit import fit
-
-    if ranks.from_main(arm.scores.exists):
-        return load_student(arm.student).to(ranks.device)
-    data = read_data(stages[-1].data, seed=seed)
-    model = make_model(call, data, seed=seed)
-    for number, stage in enumerate(stages):
-        scheme = scheme_of(model)
-        fit(
-            scheme,
-            objective_of(stage, scheme),
-            source_of(stage, read_data(stage.data, seed=seed), scheme, seed=seed),
-            out=arm.path,
-            stage=number,
-            seed=seed,
-            train=stage.train,
-            **stage.fit,
-        )
-    ranks.from_main(lambda: save_student(call, model, data, arm.student))
-    ranks.from_main(lambda: _score(model, data, arm, judge=judge, task=task))
-    return model
-
-
-def _score(model: nn.Module, data: Material, arm: RunFolder, *, judge: Teacher | None, task: Problems | None) -> None:
-    """Write what an arm says and its scores: the mark that it is finished."""
-    done = _solved(model, task)
-    examples = data.examples(model) if done is None else done.lines
-    if examples:
-        write_text(arm.examples, "".join(f"{json.dumps(line)}\n" for line in examples))
-    write_json(arm.scores, _scores(model, data, judge=judge, done=done))
-
-
-def _scores(model: nn.Module, data: Material, *, judge: Teacher | None, done: Solved | None) -> dict[str, object]:
-    from potstill.evaluate import can_judge, evaluate, latency
-    from potstill.students.module import as_student
-
-    student, one = as_student(model), data.test.batch(0)
-    judge = judge if judge is not None and can_judge(judge, one, student) else None
-    scores = evaluate(student, data.test.batches(data.num_scored), teacher=judge)
-    return {**({} if done is None else done.scores), **data.scores(scores, latency(student, one))}
-
-
-def _solved(model: nn.Module, task: Problems | None) -> Solved | None:
-    """None where there is no task, or for a model that cannot write."""
-    from potstill.students import Adapted, HfModel
-
-    inside = model.student if isinstance(model, Adapted) else model
-    return solved(inside, task) if task is not None and isinstance(inside, HfModel) else None
 
 
 def _show_data(recipe: Recipe, folder: RunFolder) -> None:
@@ -354,7 +307,7 @@ def _finished(path: Path) -> RunFolder:
 def _trained_seconds(folder: RunFolder) -> float:
     """What earlier, interrupted commands spent on training in this folder."""
     seconds = 0.0
-    for journal in folder.path.glob(f"*/{folder.metrics.name}"):
+    for journal in folder.path.glob(f"**/{folder.metrics.name}"):
         last = {line["stage"]: line["seconds"] for line in read_lines(journal)}
         seconds += sum(last.values())
     return seconds

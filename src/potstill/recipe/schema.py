@@ -9,6 +9,8 @@ from typing import Any
 from potstill.core.catalog import keywords, parts
 from potstill.recipe.calls import OPTIONAL, SUPPLIED, choices
 from potstill.recipe.elicitation import FILES
+from potstill.recipe.nested import NAMELESS
+from potstill.recipe.rounds import Rounds
 from potstill.recipe.signature import in_full, json_schema, knobs, parts_in, teachers_in
 
 TEXT = {"type": "string"}
@@ -60,6 +62,7 @@ def schema() -> dict[str, Any]:
             "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "uniqueItems": True, "default": [0]},
             "arms": {"type": "object", "minProperties": 1, "additionalProperties": _object(arm, required=[])},
             "elicit": _elicit(),
+            "rounds": {"anyOf": [{"type": "integer", "minimum": 1}, _knobs(Rounds, supplied=frozenset())]},
             "task": _one_of(
                 parts("task"),
                 more={"max_tokens": {"type": "integer", "minimum": 1}, "limit": {"type": ["integer", "null"]}},
@@ -72,7 +75,10 @@ def schema() -> dict[str, Any]:
             {"required": ["elicit", "student"], **trained},
             {"required": ["elicit"], "not": {"required": ["student"]}},
         ],
-        "dependentSchemas": {"arms": {"properties": {"baseline": {"type": "null"}}}},
+        "dependentSchemas": {
+            "arms": {"properties": {"baseline": {"type": "null"}}},
+            "rounds": {"required": ["elicit", "student", "task"], "properties": {"baseline": {"type": "null"}}},
+        },
         "additionalProperties": False,
         "$defs": {
             "fit": training,
@@ -169,11 +175,11 @@ def _knobs(
         one = (
             {"$ref": f"#/$defs/{kind}"}
             if kind != "writer"
-            else {"anyOf": [{"$ref": "#/$defs/writer"}, {"const": "teacher"}]}
+            else {"anyOf": [{"$ref": "#/$defs/writer"}, {"enum": list(NAMELESS)}]}
         )
         several = {"list": {"type": "array", "items": one}, "mapping": {"type": "object", "additionalProperties": one}}
         properties[name] = several.get(shape, one)
-        optional |= {name} if name == "teacher" else set()
+        optional |= {name} & NAMELESS.keys()
     needed = [
         name for name in properties if keywords(part)[name].default is inspect.Parameter.empty and name not in optional
     ]

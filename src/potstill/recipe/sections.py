@@ -12,6 +12,7 @@ from potstill.core.errors import RecipeError
 from potstill.recipe import arms, text
 from potstill.recipe.calls import SUPPLIED, Call, check_call, check_keys, section_of
 from potstill.recipe.elicitation import Elicitation, check_elicitation, is_writer, settled, training
+from potstill.recipe.rounds import Rounds, check_rounds
 from potstill.recipe.signature import teachers_in, typed
 from potstill.recipe.solving import Problems, check_problems
 from potstill.recipe.stages import Stage, check_stages
@@ -31,7 +32,7 @@ KEYS = (
     "stages",
     "seeds",
 )
-TOP_KEYS = (*KEYS, "arms", "elicit", "task", "baseline", "out")
+TOP_KEYS = (*KEYS, "arms", "elicit", "rounds", "task", "baseline", "out")
 TEACHER_KEYS = ("fit", "weights", "data", "remember")
 """What a teacher's section may say beside the knobs of its part."""
 
@@ -87,6 +88,8 @@ class Recipe:
     """What students are scored by beside their data: problems that they solve by writing."""
     elicitation: Elicitation | None = None
     """How the data are drawn out of a teacher first; None where they are there."""
+    rounds: Rounds | None = None
+    """How often the student is asked and taught anew; None: the data are elicited once."""
     arm: str = ""
     """What the recipe calls this arm; empty where it names none."""
 
@@ -133,6 +136,7 @@ def build(content: Mapping[str, Tree]) -> Recipe | DataRecipe:
     """Check every section of a recipe's mapping. Raises RecipeError for the first thing that cannot work."""
     check_keys(content, TOP_KEYS)
     elicitation = check_elicitation(content)
+    rounds = check_rounds(content, elicitation)
     if elicitation is None:
         return _with_arms(content)
     trained = training(content, elicitation)
@@ -141,8 +145,11 @@ def build(content: Mapping[str, Tree]) -> Recipe | DataRecipe:
         added["teacher"] = elicitation.teacher.written()
     if trained is None:
         return _data_recipe(content, elicitation, added)
+    if rounds is not None:
+        trained["baseline"] = None  # each round is compared with the student before the first
+        added["rounds"] = rounds.written()
     recipe = _with_arms(trained, elicited=True)
-    return replace(recipe, elicitation=elicitation, resolved={**recipe.resolved, **added})
+    return replace(recipe, elicitation=elicitation, rounds=rounds, resolved={**recipe.resolved, **added})
 
 
 def settle(recipe: Recipe, folder: Path) -> Recipe:

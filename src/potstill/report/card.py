@@ -11,7 +11,7 @@ from potstill.core.run import RunFolder, write_text
 from potstill.report import charts, health, numbers, words
 from potstill.report.figures import ARMS, Arm, Estimate, Summary, mean_curve, scaled
 from potstill.report.pages import render
-from potstill.report.samples import FOLDER, ElicitedPage, samples
+from potstill.report.samples import FOLDER, PAGE, ElicitedPage, samples
 
 MOST_CLASSES = 40
 """More rows than this make no picture; then those with the largest change are shown."""
@@ -47,6 +47,7 @@ def card(folder: Path) -> Path:
         **shared,
         lead=words.lead_of(summary),
         elicited=elicited,
+        row_pages=_row_pages(summary),
         data=Markup(summary.data_page),
         samples=summary.samples,
         arm_title=words.title,
@@ -64,6 +65,16 @@ def card(folder: Path) -> Path:
     write_text(folder / "report.md", render("card.md.jinja", **shared))
     write_text(RunFolder(folder).report, page)
     return RunFolder(folder).report
+
+
+def _row_pages(summary: Summary) -> tuple[tuple[str, str], ...]:
+    """(title, address) of the pages with the rows of each round."""
+    folders = ((words.title(arm.name), run.seed, run.folder) for arm in summary.arms.values() for run in arm.runs)
+    return tuple(
+        (f"{title}, seed {seed}", (folder.path / PAGE).relative_to(summary.folder).as_posix())
+        for title, seed, folder in folders
+        if folder is not None and (folder.path / PAGE).is_file()
+    )
 
 
 def _facts(summary: Summary) -> tuple[tuple[str, str], ...]:

@@ -82,9 +82,10 @@ def arms(summary: Summary) -> Table | None:
     if not summary.names_arms:
         return None
     lead, shown = lead_of(summary), {measure.key: measure for measure in MEASURES}
+    keys = (*(ROUND if in_rounds(summary) else ()), "parameters", "seconds")
     rows = []
     for name in summary.arms:
-        cost = [written(summary.estimate(name, key), shown[key]) for key in ("parameters", "seconds")]
+        cost = [written(summary.estimate(name, key), shown[key]) for key in keys]
         change = summary.change(lead.key, name) if name in summary.students[1:] else None
         cells = (
             *cost,
@@ -94,7 +95,12 @@ def arms(summary: Summary) -> Table | None:
         rows.append(Row(title=title(name), cells=cells, tone=_tone(change, lead.better)))
     score = f"{lead.name}, {lead.unit}" if lead.unit else lead.name
     over = f"Over {title(summary.students[0]).lower()}{', points' if lead.unit else ''}"
-    return Table(columns=("Arm", "Parameters", "Training, s", score, over), rows=tuple(rows))
+    return Table(columns=("Arm", *(shown[key].title for key in keys), score, over), rows=tuple(rows))
+
+
+def in_rounds(summary: Summary) -> bool:
+    """The arms are one student, round by round."""
+    return any(summary.estimate(name, ROUND[0]) for name in summary.students)
 
 
 def notes(summary: Summary) -> tuple[str, ...]:
@@ -161,6 +167,7 @@ def _headline_of_arms(summary: Summary) -> str:
         return f"No {lead.name.lower()} was measured in this run."
     teacher = summary.estimate("teacher", lead.key)
     ways = f"Trained {len(told)} ways, the" if len(told) > 1 else "The"
+    ways = "Round by round, the" if in_rounds(summary) else ways
     sentence = f"{ways} student {lead.verb}{', '.join(told)}"
     sentence += "" if teacher is None else f"; the teacher {lead.amount(teacher)}"
     return f"{sentence}; {_seeds({each.num_seeds for each in estimates.values() if each is not None})}."
@@ -320,7 +327,12 @@ PERPLEXITY = Lead(
     verb="reaches a perplexity of ",
     colon=":",
 )
+ROUND = ("rows", "accepted", "dollars")
+"""What a round of rows has that other arms have not."""
 MEASURES = (
+    Measure(key="rows", title="Rows", write=count, better=0, note="rows that a round accepted and trained on."),
+    Measure(key="accepted", title="Accepted, %", write=percents, better=0, note="share of a round's rows."),
+    Measure(key="dollars", title="Dollars", write="{:,.4f}".format, better=0, note="paid in a round, to all writers."),
     Measure(
         key="solved",
         title="Problems solved, %",
