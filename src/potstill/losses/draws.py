@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from potstill.core.types import PerItem
-from potstill.losses.logits import full_precision, log_probs, tempered, with_gradient
+from potstill.losses.logits import full_precision, tempered, with_floor, with_gradient
 
 
 def forward_kl_of_draws(
@@ -49,10 +49,11 @@ def _of_draws(
     student_logits: Tensor, ids: Tensor, log_weights: Tensor, temperature: float, scale_by_t2: bool, *, entropy: bool
 ) -> Tensor:
     with torch.no_grad():
-        log_q = log_probs(student_logits, temperature)
+        # A class at -inf matters where it was drawn only: a floor under all V would be one more pass over them.
+        log_q = torch.log_softmax(tempered(student_logits, temperature), -1)
         log_p = torch.log_softmax(tempered(full_precision(log_weights.detach()), temperature), -1).to(log_q.dtype)
         p = log_p.exp()
-        told = log_q.gather(-1, ids)
+        told = with_floor(log_q.gather(-1, ids))
         # 0 log 0 is 0: a padding entry has p = 0 and log p = -inf.
         value = (p * ((log_p if entropy else 0.0) - told)).masked_fill(p == 0, 0.0).sum(-1)
         slope = log_q.exp_().scatter_add_(-1, ids, -p)

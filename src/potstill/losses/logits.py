@@ -49,7 +49,11 @@ def log_probs(logits: Tensor, temperature: float, *, impossible: float = IMPOSSI
     Only exact -inf becomes `impossible`; finite log-probabilities, however low, stay what they are, and
     NaN stays NaN. Without a gradient to keep, the floor is laid in place.
     """
-    logs = torch.log_softmax(tempered(logits, temperature), -1)
+    return with_floor(torch.log_softmax(tempered(logits, temperature), -1), impossible=impossible)
+
+
+def with_floor(logs: Tensor, *, impossible: float = IMPOSSIBLE) -> Tensor:
+    """`impossible` where log-probabilities are exactly -inf, in place if they carry no gradient."""
     lay_floor = torch.nan_to_num if logs.requires_grad else torch.nan_to_num_
     finite: Tensor = lay_floor(logs, nan=math.nan, posinf=math.inf, neginf=impossible)
     return finite
