@@ -63,6 +63,8 @@ LOSSES = (
 FROM_CACHE = "forward_kl_from_cache"
 """The same loss from 32 draws per token that were stored before: its perplexity should be forward_kl's."""
 PROMPT, WRITTEN = 32, 64
+SHAKEN = 0.03
+"""Relative standard deviation of what --shake does to the first weights: is a result a matter of chance?"""
 
 
 def term(loss: str) -> Term:
@@ -88,15 +90,22 @@ def trained(
     lr: float,
     schedule: Literal["cosine", "constant"],
     warmup: int,
+    draws: int,
+    shake: int,
 ) -> dict[str, float]:
     """One student by one loss: its scores on the test stories."""
     torch.manual_seed(seed)
     student = ps.students.hf_fresh(TEACHER, layers=layers)
+    if shake:
+        dice = torch.Generator().manual_seed(shake)
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.mul_(1 + SHAKEN * torch.randn(parameter.shape, generator=dice))
     stories = ps.data.chat(STORIES, tokenizer=TEACHER, batch=batch, length=length, seed=seed)
     taught = None if loss == "cross_entropy" else teacher
     with tempfile.TemporaryDirectory() as out:
         if loss == FROM_CACHE:
-            ps.teachers.build(f"{out}/store", teacher, stories.train, batches=steps, sketch=Sampled())
+            ps.teachers.build(f"{out}/store", teacher, stories.train, batches=steps, sketch=Sampled(draws=draws))
             taught = ps.teachers.remembered(f"{out}/store")
         ps.fit(
             ps.Offline(student, taught),
@@ -150,6 +159,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine")
     parser.add_argument("--warmup", type=int, default=0, help="steps; 0 is a twentieth of all")
+    parser.add_argument("--draws", type=int, default=Sampled().draws, help="per token, from the cache")
+    parser.add_argument("--shake", type=int, default=0, help="a seed to shake the first weights by; 0: not at all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--losses", nargs="+", default=list(LOSSES))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/language.json"))
@@ -158,7 +169,7 @@ def main() -> None:
     table = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
     sizes = {name: getattr(arguments, name) for name in ("steps", "batch", "length", "layers")}
     setting = "x".join(str(size) for size in sizes.values())
-    how = {name: getattr(arguments, name) for name in ("lr", "schedule", "warmup")}
+    how = {name: getattr(arguments, name) for name in ("lr", "schedule", "warmup", "draws", "shake")}
     setting += "".join(f" {name} {value}" for name, value in how.items() if value != parser.get_default(name))
     for seed in arguments.seeds:
         for loss in arguments.losses:

@@ -286,6 +286,25 @@ def test_logits_leave_what_a_top_k_teacher_did_not_say_in_the_tail() -> None:
             assert value <= listed(whole, position)[token] + 1e-6
 
 
+def test_a_text_that_the_teacher_holds_impossible_teaches_nothing_within_its_pieces() -> None:
+    student, teacher = trained(splits_digits=True), trained(splits_digits=False)
+    certain = teacher.convert_tokens_to_ids("a")
+    law = torch.full((len(teacher),), -200.0, dtype=torch.float64)
+    law[certain] = 0.0
+    said = between(student, teacher, lambda prefix: law)(rows(student, "In 2024 the"), Need(logits=True))
+    assert not said.logits.log_probs.isnan().any()
+    assert spoken(said) == [True, True, False, False, False, False, True, True, False]
+
+
+def test_a_teacher_whose_head_is_smaller_than_its_tokenizer_is_read() -> None:
+    student, teacher = trained(splits_digits=True), trained(splits_digits=False)
+    law = random_law(len(teacher))
+    batch = rows(student, "In the")
+    whole = between(student, teacher, lambda prefix: law(prefix)[:-1])(batch, Need(logits=True))
+    assert spoken(whole)[0]
+    assert sum(listed(whole, 0).values()) == pytest.approx(1.0, abs=0.05)
+
+
 def test_what_only_the_teacher_can_say_is_in_the_rest() -> None:
     student, teacher = trained(splits_digits=True), trained(splits_digits=False)
     law = random_law(len(teacher))

@@ -44,7 +44,7 @@ def cluster() -> Iterator[None]:
         # Ray reads this when it is imported. Otherwise it takes the machine's address, even where it is given another.
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         patch.delenv("RAY_ADDRESS", raising=False)
-        ray = pytest.importorskip("ray")
+        ray = pytest.importorskip("ray", reason="Ray is an extra: pip install potstill[ray]")
         patch.setattr(sys.modules[SpreadTransport.__module__], "START_SECONDS", SECONDS)
         try:
             ray.init(

@@ -30,6 +30,9 @@ from potstill.teachers.vocabularies import by_bytes
 Prefix: TypeAlias = tuple[int, ...]
 """Tokens of the student."""
 
+LEAST_MASS = 1e-9
+"""Of a prefix: what is rarer is lost in the rounding of running sums, so nothing is told of how it goes on."""
+
 ENDED = -1
 """Stands where a spelling has no more tokens. Below every token, so that a piece comes before those it begins."""
 
@@ -65,8 +68,10 @@ class Respelled:
         return sum(1 for _ in agree)
 
     def sums(self, probs: Tensor) -> Tensor:
-        """Running sums in this order, of [N, W]: float64 [N, 1 + pieces of the tokenizer]."""
-        ordered = probs.double()[:, self._order.to(probs.device)]
+        """Running sums in this order, of [N, W]: float64 [N, 1 + pieces of the tokenizer]. A head may lack the last
+        pieces, which then have no mass."""
+        missing = max(0, len(self._order) - probs.shape[-1])
+        ordered = torch.nn.functional.pad(probs.double(), (0, missing))[:, self._order.to(probs.device)]
         return torch.nn.functional.pad(ordered.cumsum(dim=-1), (1, 0))
 
     def after(self, prefix: Prefix) -> Continuations:
@@ -141,7 +146,8 @@ def next_tokens(
         mass = mine[:, following.stops] - mine[:, following.starts]
         # At a span's begin all mass counts: what has no spelling is in the tail.
         total = mass.sum(dim=-1) + unsaid[rows] if prefix else torch.ones_like(unsaid[rows])
-        best, which = (mass / total[:, None]).topk(min(entries, mass.shape[-1]), dim=-1)
+        mass = torch.where(total[:, None] >= LEAST_MASS, mass, 0.0)
+        best, which = (mass / total.clamp(min=LEAST_MASS)[:, None]).topk(min(entries, mass.shape[-1]), dim=-1)
         ids[places, : best.shape[-1]] = following.tokens[which]
         log_probs[places, : best.shape[-1]] = best.log().float()
     return ids, log_probs
