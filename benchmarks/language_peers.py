@@ -22,7 +22,6 @@ The loss of the first measured step is printed: everyone trains the same student
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -36,6 +35,7 @@ from language_speed import (
     Clock,
     Contestant,
     conversations,
+    parser_of,
     prepare,
     print_table,
     rounds,
@@ -164,16 +164,9 @@ CONTESTANTS: Mapping[str, Contestant] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/language_peers.json"))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser_of(
+        __doc__, CONTESTANTS, vocabularies=(32_000,), steps=6, out="benchmarks/results/language_peers.json"
+    ).parse_args()
     make_torchvision_importable()
     if given.one:
         run_one(CONTESTANTS[given.one], given.folder, given.steps, given.threads)

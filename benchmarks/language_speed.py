@@ -376,17 +376,26 @@ def print_bars(told: Told) -> bool:
     return met
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_000])
+def parser_of(
+    about: str | None, contestants: Mapping[str, Contestant], *, vocabularies: Sequence[int], steps: int, out: str
+) -> argparse.ArgumentParser:
+    """The options that a comparison of contestants has, each in a process of its own."""
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=list(vocabularies))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/language_speed.json"))
+    parser.add_argument("--only", nargs="+", choices=list(contestants), default=list(contestants))
+    parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser_of(
+        __doc__, CONTESTANTS, vocabularies=(32_000, 128_000), steps=8, out="benchmarks/results/language_speed.json"
+    ).parse_args()
     make_torchvision_importable()
     if arguments.one:
         run_one(CONTESTANTS[arguments.one], arguments.folder, arguments.steps, arguments.threads)
